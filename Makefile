@@ -1,0 +1,36 @@
+# The two commands of a newcomer: `make demo` and `make test`. `make help` lists the rest.
+SHELL := /bin/bash
+BUILD := build
+CMAKE := .venv/bin/cmake
+JOBS  ?= $(shell nproc)
+DATA  ?=
+
+.PHONY: help setup build demo test test-all format lint clean
+help:            ## list the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
+
+setup:           ## install what is missing (Debian packages, .venv)
+	@tools/setup.sh
+
+build: setup     ## build everything into build/
+	@$(CMAKE) -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja >$(BUILD)/configure.log 2>&1 \
+	  || { cat $(BUILD)/configure.log; exit 1; }
+	@$(CMAKE) --build $(BUILD) -j $(JOBS)
+
+demo: build      ## train softmax, matched softmax and Parallax on real text (DATA=path...)
+	@tools/demo.sh $(DATA)
+
+test: build      ## build and run the tests
+	@.venv/bin/ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS) -LE long
+
+test-all: build  ## the long tests too
+	@.venv/bin/ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+
+format:          ## format the sources in place
+	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format-14 -i
+
+lint:            ## fail on unformatted sources
+	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format-14 --dry-run -Werror
+
+clean:           ## remove the build
+	rm -rf $(BUILD)

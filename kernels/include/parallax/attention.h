@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: MIT
+// Parallax attention: the public calls of the kernel room.
+//
+//   o_i = sum_j p_ij (1 + t_bar_i - t_ij) v_j,   p = softmax_j(scale q_i.k_j),  t_ij = r_i.k_j,
+//   t_bar_i = sum_j p_ij t_ij                    (arXiv 2605.29157; docs/math.md section 1)
+//
+// Each pass has three verbs: plan(problem, device, &plan) checks the problem and decides everything
+// that depends on shapes alone; workspace_bytes(plan) says how much scratch to bring; run(plan,
+// args, workspace, ...) does the work. The caller allocates all memory. Nothing allocates device
+// memory, synchronises, prints or throws; a CUDA run only enqueues on the given stream and may be
+// captured in a graph. A plan is a plain value: copy it, keep it, use it from many threads.
+//
+// What a call means, on every device:
+// - Query head h reads key/value head h / (num_q_heads / num_kv_heads); any whole group size.
+// - Keys visible to sequence b are [kv_start[b], kv_lens[b]): an end index, not a count. Absent
+//   arrays mean 0 and kv_len. Values outside [0, kv_len] are clamped.
+// - causal: query i of q_len sees keys j <= kv_lens[b] - q_len + i (bottom-right alignment).
+// - window W > 0 (causal only): a query sees its last W keys, its own among them.
+// - A row that sees no key: o = 0, v_bar = 0, t_bar = 0, lse = -inf, no gradient. A row that sees
+//   one key: o is its v, dq = dr = 0, exactly.
+// - Memory beyond a sequence's visible keys never reaches a result, whatever it holds.
+// - Results are bitwise repeatable, and on the CPU independent of the number of threads.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "parallax/status.h"
+#include "parallax/types.h"
+
+namespace parallax {
+
+// The shape of a call. In the packed layout (`packed`), sequences lie end to end: q_len and kv_len
+// are then the total numbers of query and key tokens, and `batch` the number of sequences.
+struct AttentionProblem {
+  DType dtype = DType::kFloat32;  // of q r k v o; CPU: all four, CUDA: bf16 and fp16
+  std::int64_t batch = 0;
+  std::int64_t q_len = 0;
+  std::int64_t kv_len = 0;  // cache capacity where kv_lens says how much of it is used
+  std::int64_t num_q_heads = 0;
+  std::int64_t num_kv_heads = 0;
+  std::int64_t head_dim = 0;  // multiple of 8, at most 256 (CUDA backward: 128)
+  double scale = 1.0;         // of q.k; r.k is never scaled
+  bool causal = true;
+  std::int64_t window = 0;  // 0: no window
+  bool packed = false;
+};
+
+// Per-sequence lengths, int32, in memory the device can read. Null: absent. Packed calls need both
+// cu_seqlens arrays and take no other; [batch + 1] offsets, ascending from 0.
+struct Sequences {
+  const std::int32_t* cu_seqlens_q = nullptr;
+  const std::int32_t* cu_seqlens_k = nullptr;
+  const std::int32_t* kv_lens = nullptr;   // [batch]
+  const std::int32_t* kv_start = nullptr;  // [batch]
+};
+
+// Where the tokens of a paged cache lie: token j of sequence b is row j % page_size of page
+// table[b * max_pages + j / page_size]. `table` null: the cache is contiguous.
+struct PageTable {
+  const std::int32_t* table = nullptr;  // [batch, max_pages]
+  std::int64_t max_pages = 0;
+  std::int64_t num_pages = 0;
+  int page_size = 0;  // a power of two, 1 to 256
+};
+
+// Row statistics are [batch, num_q_heads, q_len], packed [num_q_heads, tokens], contiguous, in
+// float (double where dtype is float64). Natural logarithm.
+
+struct ForwardArgs {
+  ConstView q, r, k, v;
+  Sequences sequences;
+  PageTable pages;  // of k and v
+  View o;
+  View v_bar;             // optional: the plain softmax output, in dtype; backward needs it
+  void* lse = nullptr;    // optional: m + ln d1
+  void* t_bar = nullptr;  // optional: d2 / d1
+};
+
+struct BackwardArgs {
+  ConstView q, r, k, v, o, v_bar, d_o;
+  const void* lse = nullptr;
+  const void* t_bar = nullptr;
+  Sequences sequences;
+  View dq, dr, dk, dv;  // every element is written, rows and keys that saw nothing with 0
+};
+
+// The uncentred online state of state.h, float: m (natural units), d1, d2 are [batch, num_q_heads,
+// q_len]; o1, o2 are [batch, q_len, num_q_heads, head_dim]. All contiguous.
+struct StateView {
+  float* m = nullptr;
+  float* d1 = nullptr;
+  float* d2 = nullptr;
+  float* o1 = nullptr;
+  float* o2 = nullptr;
+};
+
+// Attention of a few new tokens over a cache. kv_lens counts the new tokens too: append first.
+struct DecodeArgs {
+  ConstView q, r, k_cache, v_cache;
+  Sequences sequences;  // kv_lens required; kv_start optional; never packed
+  PageTable pages;
+  View o;                 // null where the state is asked for instead
+  void* lse = nullptr;    // optional, float
+  void* t_bar = nullptr;  // optional, float
+  StateView state;        // all five or none
+};
+
+struct ForwardPlan {
+  AttentionProblem problem;
+  Device device;
+  std::int64_t num_tasks = 0;
+  std::size_t workspace_bytes = 0;
+};
+
+struct BackwardPlan {
+  AttentionProblem problem;
+  Device device;
+  std::int64_t num_tasks = 0;
+  std::size_t workspace_bytes = 0;
+};
+
+struct DecodePlan {
+  AttentionProblem problem;
+  Device device;
+  std::int64_t num_splits = 1;
+  std::size_t workspace_bytes = 0;
+};
+
+// Errors: kInvalidArgument names the field that contradicts the contract above, kUnsupported names
+// what this device has no kernel for. *plan is untouched unless ok.
+Status plan(const AttentionProblem& problem, const Device& device, ForwardPlan* plan);
+Status plan(const AttentionProblem& problem, const Device& device, BackwardPlan* plan);
+Status plan(const AttentionProblem& problem, const Device& device, DecodePlan* plan);
+
+inline std::size_t workspace_bytes(const ForwardPlan& plan) { return plan.workspace_bytes; }
+inline std::size_t workspace_bytes(const BackwardPlan& plan) { return plan.workspace_bytes; }
+inline std::size_t workspace_bytes(const DecodePlan& plan) { return plan.workspace_bytes; }
+
+// CPU. `workspace` holds workspace_bytes(plan) bytes aligned to 64 (null if 0), contents ignored.
+// REQUIRES: plan.device.kind == kCpu.
+Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace,
+           const ParallelFor& parallel_for);
+Status run(const BackwardPlan& plan, const BackwardArgs& args, void* workspace,
+           const ParallelFor& parallel_for);
+Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace,
+           const ParallelFor& parallel_for);
+
+// Writes new tokens k, v [batch, q_len, num_kv_heads, head_dim] into a cache: token i of sequence b
+// goes to place positions[b] + i. Places at or beyond the cache's capacity (kv_len, or max_pages *
+// page_size) and pages outside [0, num_pages) are refused before anything is written (CPU).
+struct AppendArgs {
+  ConstView k, v;
+  const std::int32_t* positions = nullptr;  // [batch]
+  PageTable pages;
+  View k_cache, v_cache;
+};
+// problem: dtype, batch, q_len (new tokens), kv_len (capacity), num_kv_heads, head_dim are read.
+Status append_kv(const AttentionProblem& problem, const AppendArgs& args,
+                 const ParallelFor& parallel_for);
+
+// Merges num_states partial states of the same rows, in order, into `merged` (may alias the first).
+// rows = batch * q_len * num_q_heads of the problem; the identity is m = -inf, zeros.
+Status merge_states(const AttentionProblem& problem, const StateView* states, int num_states,
+                    const StateView& merged, const ParallelFor& parallel_for);
+
+// o, lse and t_bar (each optional) of a state. o in problem.dtype.
+Status finalize_state(const AttentionProblem& problem, const StateView& state, const View& o,
+                      float* lse, float* t_bar, const ParallelFor& parallel_for);
+
+}  // namespace parallax
