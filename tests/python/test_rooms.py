@@ -1,0 +1,81 @@
+"""The rooms of the project and the arrows between them, read off the sources."""
+
+import pathlib
+import re
+import subprocess
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SOURCES = {".h", ".cc", ".cu", ".cuh"}
+
+
+def sources(room):
+    files = [p for p in (ROOT / room).rglob("*") if p.suffix in SOURCES]
+    assert files, f"{room} holds no sources"
+    return files
+
+
+def includes(path):
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def offenders(room, is_bad):
+    return [f"{p.relative_to(ROOT)}: {i}" for p in sources(room) for i in includes(p) if is_bad(i)]
+
+
+def test_kernels_know_no_torch_and_no_python():
+    bad = ("torch/", "ATen/", "c10/", "Python.h", "ops/", "lm/", "cli/")
+    assert offenders("kernels", lambda i: i.startswith(bad)) == []
+
+
+def test_kernels_do_not_throw_print_or_exit():
+    pattern = re.compile(r"\bthrow\b|\bprintf\(|\bstd::cout\b|\bstd::cerr\b|\bexit\(|\babort\(")
+    found = []
+    for path in sources("kernels"):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if pattern.search(line.split("//")[0]):
+                found.append(f"{path.relative_to(ROOT)}:{number}: {line.strip()}")
+    assert found == []
+
+
+def test_ops_see_only_public_kernel_headers():
+    public = {f"parallax/{p.name}" for p in (ROOT / "kernels/include/parallax").iterdir()}
+    bad = offenders(
+        "ops",
+        lambda i: i.startswith(("lm/", "cli/", "kernels/"))
+        or (i.startswith("parallax/") and i not in public),
+    )
+    assert bad == []
+
+
+def test_lm_reaches_kernels_through_ops_alone():
+    assert offenders("lm", lambda i: i.startswith(("parallax/", "kernels/", "cli/"))) == []
+    allowed = {"ops/parallax_ops.h"}
+    assert offenders("lm", lambda i: i.startswith("ops/") and i not in allowed) == []
+
+
+def test_cli_sees_lm_alone():
+    assert offenders("cli", lambda i: i.startswith(("parallax/", "kernels/", "ops/"))) == []
+
+
+def test_no_environment_variable_is_read_below_the_command_line():
+    for room in ("kernels", "ops", "lm"):
+        found = [str(p.relative_to(ROOT)) for p in sources(room) if "getenv(" in p.read_text()]
+        assert found == []
+
+
+def documents():
+    listed = subprocess.run(
+        ["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [ROOT / name for name in listed.stdout.split()]
+
+
+def test_paths_named_in_documents_exist():
+    rooms = r"(?:kernels|ops|lm|cli|python|configs|tests|bench|docs|tools)"
+    path = re.compile(rf"(?<![\w/.-])({rooms}/[\w./-]*[\w])")
+    missing = []
+    for document in documents():
+        for name in path.findall(document.read_text()):
+            if not (ROOT / name).exists() and not list(ROOT.glob(name + "*")):
+                missing.append(f"{document.name}: {name}")
+    assert missing == []
