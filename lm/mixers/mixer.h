@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: MIT
+// A sequence mixer: what turns the normed residual stream of a decoder layer into its update by
+// looking at other tokens. The decoder owns norms, residuals and the FFN; a mixer owns its weights.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "lm/config.h"
+#include "lm/kv_cache.h"
+
+namespace parallax::lm {
+
+// What attention sees, after norm and RoPE: q, r [batch, len, num_q_heads, head_dim], k, v [batch,
+// len, num_kv_heads, head_dim]. r is undefined in a softmax model.
+struct AttentionInputs {
+  at::Tensor q, r, k, v;
+};
+
+// cos and sin of the rotation angles of positions [start, start + len), float [len, head_dim / 2].
+struct Rope {
+  at::Tensor cos, sin;
+};
+
+class Mixer : public torch::nn::Module {
+ public:
+  // x [batch, len, hidden_size] -> the same shape. Causal.
+  virtual at::Tensor forward(const at::Tensor& x, const Rope& rope) = 0;
+
+  // The same for tokens that follow the cache.len cached ones; writes their keys and values to
+  // layer `layer` of the cache. The caller advances cache.len once all layers have run.
+  virtual at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
+                                    std::int64_t layer) = 0;
+
+  virtual AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) = 0;
+};
+
+}  // namespace parallax::lm

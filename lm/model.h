@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+// The decoder: Qwen3's architecture (RMSNorm, per-head norms before RoPE, GQA, SwiGLU, explicit
+// head_dim; names as in Hugging Face's Qwen3ForCausalLM), with softmax or Parallax attention.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "lm/config.h"
+#include "lm/kv_cache.h"
+#include "lm/mixers/mixer.h"
+
+namespace parallax::lm {
+
+class DecoderLayer;
+class Weight;
+
+enum class Reduction { kMean, kNone };
+
+// named_parameters() are the names of the safetensors file: model.embed_tokens.weight,
+// model.layers.N.{input_layernorm, self_attn.{q,k,v,o}_proj, self_attn.{q,k}_norm,
+// post_attention_layernorm, mlp.{gate,up,down}_proj}.weight, model.norm.weight, lm_head.weight
+// where untied; Parallax adds self_attn.r_proj.weight and, with r_norm, self_attn.r_norm.weight.
+// All float32; linear weights are [out, in]. Token tensors are int64.
+class CausalLm : public torch::nn::Module {
+ public:
+  // Matrices from N(0, init_std), gains 1. Each tensor is drawn from a stream of its own, keyed by
+  // `seed` and its name: two models that differ in mixer start equal wherever shapes agree.
+  // Throws Error where the config is not concrete (match_to is set: resolve_match first).
+  CausalLm(const ModelConfig& config, std::uint64_t seed);
+
+  // Activations, and the weights as they meet them, in `dtype` (float32, bfloat16, or float64 for
+  // tests); norms' statistics, RoPE's angles and the loss stay in float32 or better.
+  void compute_in(at::ScalarType dtype);
+
+  // tokens [batch, len] -> the final-normed residual stream [batch, len, hidden_size].
+  at::Tensor hidden(const at::Tensor& tokens);
+
+  // hidden [..., hidden_size] -> [..., vocab_size], float32 or wider.
+  at::Tensor logits(const at::Tensor& hidden);
+
+  // Cross-entropy in nats of targets [batch, len] after tokens [batch, len]; targets of -100 count
+  // nothing. kMean: a scalar, the mean over the counted targets; kNone: [batch, len], 0 where not
+  // counted. The vocabulary axis is never held for all rows at once where it is large.
+  at::Tensor loss(const at::Tensor& tokens, const at::Tensor& targets,
+                  Reduction reduction = Reduction::kMean);
+
+  // tokens [batch, len] that follow the cached ones -> logits of the last position [batch,
+  // vocab_size]; the cache then holds them too. Throws Error where the cache is too small.
+  at::Tensor forward_cached(const at::Tensor& tokens, KvCache& cache);
+
+  // What layer `layer` attends with, for tokens [batch, len].
+  AttentionInputs attention_inputs(const at::Tensor& tokens, std::int64_t layer);
+
+  // An empty cache with this model's shapes, compute dtype and device.
+  KvCache make_cache(std::int64_t batch, std::int64_t capacity) const;
+
+  const ModelConfig& config() const { return config_; }
+  at::Device device() const;
+
+ private:
+  const at::Tensor& head_weight() const;  // [vocab_size, hidden_size]
+
+  ModelConfig config_;
+  at::ScalarType compute_dtype_ = at::kFloat;
+  std::shared_ptr<Weight> embed_tokens_, norm_, lm_head_;
+  std::vector<std::shared_ptr<DecoderLayer>> layers_;
+};
+
+}  // namespace parallax::lm
