@@ -6,6 +6,13 @@
 #include <cstdint>
 #include <functional>
 
+// Marks what device code may call too; means nothing to a host compiler.
+#ifdef __CUDACC__
+#define PARALLAX_HOST_DEVICE __host__ __device__
+#else
+#define PARALLAX_HOST_DEVICE
+#endif
+
 namespace parallax {
 
 enum class DType : std::uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };

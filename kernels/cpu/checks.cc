@@ -1,0 +1,257 @@
+// SPDX-License-Identifier: MIT
+#include "cpu/checks.h"
+
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "parallax/mask.h"
+
+// Returns early with the first failure.
+#define PARALLAX_RETURN_IF_ERROR(expression)                       \
+  do {                                                             \
+    if (Status status = (expression); !status.ok()) return status; \
+  } while (false)
+
+namespace parallax::cpu {
+namespace {
+
+std::string element(const char* array, std::int64_t index) {
+  return std::string(array) + "[" + std::to_string(index) + "]";
+}
+
+Status expected(const std::string& name, const std::string& what, std::int64_t got) {
+  return Status::invalid_argument(name + ": expected " + what + ", got " + std::to_string(got));
+}
+
+Status check_between(const std::string& name, std::int64_t value, std::int64_t low,
+                     std::int64_t high) {
+  if (low <= value && value <= high) return {};
+  return expected(name, std::to_string(low) + " to " + std::to_string(high), value);
+}
+
+Status check_present(const char* name, const void* data, std::int64_t elements) {
+  if (data != nullptr || elements == 0) return {};
+  return Status::invalid_argument(std::string(name) + ": expected memory for " +
+                                  std::to_string(elements) + " elements, got a null pointer");
+}
+
+// [batch + 1] offsets that ascend from 0 to the number of tokens.
+Status check_offsets(const char* name, const std::int32_t* offsets, std::int64_t batch,
+                     std::int64_t tokens) {
+  if (offsets == nullptr) {
+    return Status::invalid_argument(std::string(name) + ": a packed call needs it, got null");
+  }
+  if (offsets[0] != 0) return expected(element(name, 0), "0", offsets[0]);
+  for (std::int64_t b = 0; b < batch; ++b) {
+    if (offsets[b + 1] < offsets[b]) {
+      return expected(element(name, b + 1), "at least " + std::to_string(offsets[b]),
+                      offsets[b + 1]);
+    }
+  }
+  if (offsets[batch] != tokens) {
+    return expected(element(name, batch), std::to_string(tokens) + ", the number of tokens",
+                    offsets[batch]);
+  }
+  return {};
+}
+
+Status check_sequences(const AttentionProblem& problem, const Sequences& sequences) {
+  if (problem.packed) {
+    if (sequences.kv_lens || sequences.kv_start) {
+      return Status::invalid_argument(
+          "kv_lens and kv_start: a packed call takes its lengths from cu_seqlens_k alone");
+    }
+    PARALLAX_RETURN_IF_ERROR(
+        check_offsets("cu_seqlens_q", sequences.cu_seqlens_q, problem.batch, problem.q_len));
+    return check_offsets("cu_seqlens_k", sequences.cu_seqlens_k, problem.batch, problem.kv_len);
+  }
+  if (sequences.cu_seqlens_q || sequences.cu_seqlens_k) {
+    return Status::invalid_argument(
+        "cu_seqlens_q and cu_seqlens_k: only a packed call takes them (AttentionProblem::packed)");
+  }
+  return {};
+}
+
+Status check_page_table(const AttentionProblem& problem, const PageTable& pages) {
+  if (problem.packed) {
+    return Status::invalid_argument("page_table: a packed call has no paged cache");
+  }
+  if (!std::has_single_bit(static_cast<unsigned>(pages.page_size)) || pages.page_size > 256) {
+    return expected("page_size", "a power of two from 1 to 256", pages.page_size);
+  }
+  PARALLAX_RETURN_IF_ERROR(
+      check_between("num_pages", pages.num_pages, 0, std::numeric_limits<std::int32_t>::max()));
+  if (pages.max_pages < 0 || problem.kv_len > pages.max_pages * pages.page_size) {
+    return expected(
+        "kv_len",
+        "at most max_pages * page_size = " + std::to_string(pages.max_pages * pages.page_size),
+        problem.kv_len);
+  }
+  return {};
+}
+
+// The pages that hold tokens [tokens.begin, tokens.end) of entry b.
+Status check_pages(const PageTable& pages, std::int64_t b, std::int64_t begin, std::int64_t end) {
+  if (begin >= end) return {};
+  for (std::int64_t i = begin / pages.page_size; i <= (end - 1) / pages.page_size; ++i) {
+    const std::int32_t page = pages.table[b * pages.max_pages + i];
+    if (page < 0 || page >= pages.num_pages) {
+      return expected("page_table[" + std::to_string(b) + ", " + std::to_string(i) + "]",
+                      "a page from 0 to " + std::to_string(pages.num_pages - 1), page);
+    }
+  }
+  return {};
+}
+
+Status check_visible_pages(const AttentionProblem& problem, const Sequences& sequences,
+                           const PageTable& pages) {
+  if (pages.table == nullptr) return {};
+  PARALLAX_RETURN_IF_ERROR(check_page_table(problem, pages));
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    const Mask mask = sequence_at(problem, sequences, b).mask;
+    if (mask.q_len == 0) continue;
+    const Range keys = mask.keys({0, mask.q_len});
+    PARALLAX_RETURN_IF_ERROR(check_pages(pages, b, keys.begin, keys.end));
+  }
+  return {};
+}
+
+std::int64_t num_tokens(const AttentionProblem& problem, std::int64_t len) {
+  return problem.packed ? len : problem.batch * len;
+}
+
+std::int64_t num_q_elements(const AttentionProblem& problem) {
+  return num_tokens(problem, problem.q_len) * problem.num_q_heads * problem.head_dim;
+}
+
+std::int64_t num_kv_elements(const AttentionProblem& problem, const PageTable& pages = {}) {
+  const std::int64_t tokens =
+      pages.table ? pages.num_pages * pages.page_size : num_tokens(problem, problem.kv_len);
+  return tokens * problem.num_kv_heads * problem.head_dim;
+}
+
+}  // namespace
+
+Status check_problem(const AttentionProblem& problem, const Device& device) {
+  constexpr std::int64_t kMaxLen = std::numeric_limits<std::int32_t>::max();
+  if (problem.dtype > DType::kFloat16) {
+    return expected("dtype", "one of DType", static_cast<int>(problem.dtype));
+  }
+  PARALLAX_RETURN_IF_ERROR(check_between("batch", problem.batch, 0, kMaxLen));
+  PARALLAX_RETURN_IF_ERROR(check_between("q_len", problem.q_len, 0, kMaxLen));
+  PARALLAX_RETURN_IF_ERROR(check_between("kv_len", problem.kv_len, 0, kMaxLen));
+  PARALLAX_RETURN_IF_ERROR(check_between("num_kv_heads", problem.num_kv_heads, 1, kMaxLen));
+  PARALLAX_RETURN_IF_ERROR(check_between("num_q_heads", problem.num_q_heads, 1, kMaxLen));
+  if (problem.num_q_heads % problem.num_kv_heads != 0) {
+    return expected("num_q_heads",
+                    "a multiple of num_kv_heads = " + std::to_string(problem.num_kv_heads),
+                    problem.num_q_heads);
+  }
+  if (problem.head_dim < 8 || problem.head_dim > 256 || problem.head_dim % 8 != 0) {
+    return expected("head_dim", "a multiple of 8 from 8 to 256", problem.head_dim);
+  }
+  if (!std::isfinite(problem.scale)) {
+    return Status::invalid_argument("scale: expected a finite number, got " +
+                                    std::to_string(problem.scale));
+  }
+  if (problem.window < 0) {
+    return expected("window", "at least 1, or 0 for no window", problem.window);
+  }
+  if (problem.window > 0 && !problem.causal) {
+    return Status::invalid_argument("window: only a causal call takes one, got window = " +
+                                    std::to_string(problem.window) + " with causal = false");
+  }
+  if (device.kind == Device::Kind::kCpu && device.num_threads < 1) {
+    return expected("num_threads", "at least 1", device.num_threads);
+  }
+  return {};
+}
+
+Status check_decode_problem(const AttentionProblem& problem, const Device& device) {
+  PARALLAX_RETURN_IF_ERROR(check_problem(problem, device));
+  if (problem.packed) {
+    return Status::invalid_argument(
+        "packed: decode takes [batch, q_len, heads, head_dim]; use forward for packed sequences");
+  }
+  return {};
+}
+
+Status check_arguments(const AttentionProblem& problem, const ForwardArgs& args) {
+  const std::int64_t q_elements = num_q_elements(problem);
+  const std::int64_t kv_elements = num_kv_elements(problem, args.pages);
+  PARALLAX_RETURN_IF_ERROR(check_present("q", args.q.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("r", args.r.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("k", args.k.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("v", args.v.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("o", args.o.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_sequences(problem, args.sequences));
+  return check_visible_pages(problem, args.sequences, args.pages);
+}
+
+Status check_arguments(const AttentionProblem& problem, const BackwardArgs& args) {
+  const std::int64_t q_elements = num_q_elements(problem);
+  const std::int64_t kv_elements = num_kv_elements(problem);
+  const std::int64_t rows = q_elements / problem.head_dim;
+  PARALLAX_RETURN_IF_ERROR(check_present("q", args.q.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("r", args.r.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("k", args.k.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("v", args.v.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("o", args.o.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("v_bar", args.v_bar.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("d_o", args.d_o.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("lse", args.lse, rows));
+  PARALLAX_RETURN_IF_ERROR(check_present("t_bar", args.t_bar, rows));
+  PARALLAX_RETURN_IF_ERROR(check_present("dq", args.dq.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("dr", args.dr.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("dk", args.dk.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("dv", args.dv.data, kv_elements));
+  return check_sequences(problem, args.sequences);
+}
+
+Status check_arguments(const AttentionProblem& problem, const DecodeArgs& args) {
+  const std::int64_t q_elements = num_q_elements(problem);
+  const std::int64_t kv_elements = num_kv_elements(problem, args.pages);
+  PARALLAX_RETURN_IF_ERROR(check_present("q", args.q.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("r", args.r.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("k_cache", args.k_cache.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("v_cache", args.v_cache.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("kv_lens", args.sequences.kv_lens, problem.batch));
+  const StateView& state = args.state;
+  const int num_parts = (state.m != nullptr) + (state.d1 != nullptr) + (state.d2 != nullptr) +
+                        (state.o1 != nullptr) + (state.o2 != nullptr);
+  if (num_parts != 0 && num_parts != 5) {
+    return expected("state", "all of m, d1, d2, o1, o2 or none", num_parts);
+  }
+  if (num_parts == 0) PARALLAX_RETURN_IF_ERROR(check_present("o", args.o.data, q_elements));
+  PARALLAX_RETURN_IF_ERROR(check_sequences(problem, args.sequences));
+  return check_visible_pages(problem, args.sequences, args.pages);
+}
+
+Status check_arguments(const AttentionProblem& problem, const AppendArgs& args) {
+  const std::int64_t elements =
+      problem.batch * problem.q_len * problem.num_kv_heads * problem.head_dim;
+  PARALLAX_RETURN_IF_ERROR(check_present("k", args.k.data, elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("v", args.v.data, elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("k_cache", args.k_cache.data, elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("v_cache", args.v_cache.data, elements));
+  PARALLAX_RETURN_IF_ERROR(check_present("positions", args.positions, problem.batch));
+  if (args.pages.table) PARALLAX_RETURN_IF_ERROR(check_page_table(problem, args.pages));
+  for (std::int64_t b = 0; b < problem.batch && problem.q_len > 0; ++b) {
+    const std::int64_t position = args.positions[b];
+    if (position < 0 || position + problem.q_len > problem.kv_len) {
+      return expected(element("positions", b),
+                      "0 to " + std::to_string(problem.kv_len - problem.q_len) + " (capacity " +
+                          std::to_string(problem.kv_len) + ", new tokens " +
+                          std::to_string(problem.q_len) + ")",
+                      position);
+    }
+    if (args.pages.table) {
+      PARALLAX_RETURN_IF_ERROR(check_pages(args.pages, b, position, position + problem.q_len));
+    }
+  }
+  return {};
+}
+
+}  // namespace parallax::cpu

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: MIT
+// Every precondition of attention.h, checked in one place: shapes by plan() on every device, and
+// arguments by run() on the CPU, where lengths and page tables can be read.
+#pragma once
+
+#include "parallax/attention.h"
+
+namespace parallax::cpu {
+
+// What all passes ask of a problem, on every device.
+Status check_problem(const AttentionProblem& problem, const Device& device);
+Status check_decode_problem(const AttentionProblem& problem, const Device& device);
+
+Status check_arguments(const AttentionProblem& problem, const ForwardArgs& args);
+Status check_arguments(const AttentionProblem& problem, const BackwardArgs& args);
+Status check_arguments(const AttentionProblem& problem, const DecodeArgs& args);
+Status check_arguments(const AttentionProblem& problem, const AppendArgs& args);
+
+}  // namespace parallax::cpu

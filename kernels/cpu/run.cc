@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: MIT
+// run() on the CPU: checks the arguments, then hands them to the kernels.
+#include "cpu/checks.h"
+#include "cpu/reference.h"
+#include "parallax/attention.h"
+
+namespace parallax {
+namespace {
+
+template <class Plan>
+Status check_run(const Plan& plan, const void* workspace, const ParallelFor& parallel_for) {
+  if (plan.device.kind != Device::Kind::kCpu) {
+    return Status::invalid_argument(
+        "plan: made for a CUDA device; run it with the overload that takes a stream");
+  }
+  if (plan.workspace_bytes > 0 && workspace == nullptr) {
+    return Status::invalid_argument("workspace: expected " + std::to_string(plan.workspace_bytes) +
+                                    " bytes, got a null pointer");
+  }
+  if (!parallel_for) {
+    return Status::invalid_argument("parallel_for: expected a function, got none");
+  }
+  return {};
+}
+
+}  // namespace
+
+Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace,
+           const ParallelFor& parallel_for) {
+  if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
+  if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
+  cpu::reference_forward(plan.problem, args, parallel_for);
+  return {};
+}
+
+Status run(const BackwardPlan& plan, const BackwardArgs& args, void* workspace,
+           const ParallelFor& parallel_for) {
+  if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
+  if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
+  cpu::reference_backward(plan.problem, args, workspace, parallel_for);
+  return {};
+}
+
+Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace,
+           const ParallelFor& parallel_for) {
+  if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
+  if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
+  cpu::reference_decode(plan.problem, args, parallel_for);
+  return {};
+}
+
+}  // namespace parallax
