@@ -146,6 +146,19 @@ Status run(const BackwardPlan& plan, const BackwardArgs& args, void* workspace,
 Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace,
            const ParallelFor& parallel_for);
 
+// CUDA (defined where the build has it, PARALLAX_CUDA): enqueues on `stream`, a stream of device
+// plan.device.index, and returns. All pointers in args and workspace are device memory; workspace
+// holds workspace_bytes(plan) bytes aligned to 256 and stays untouched by others until the stream
+// has passed this call. Errors: kInvalidArgument names a view that the copy engine cannot take
+// (addresses and strides in multiples of 16 bytes), kDeviceError carries the runtime's words.
+// REQUIRES: plan.device.kind == kCuda.
+Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, Stream stream);
+Status run(const BackwardPlan& plan, const BackwardArgs& args, void* workspace, Stream stream);
+Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stream stream);
+
+// Fills *device with CUDA device `index`: what plan() needs to know of it.
+Status query_device(int index, Device* device);
+
 // Writes new tokens k, v [batch, q_len, num_kv_heads, head_dim] into a cache: token i of sequence b
 // goes to place positions[b] + i. Places at or beyond the cache's capacity (kv_len, or max_pages *
 // page_size) and pages outside [0, num_pages) are refused before anything is written (CPU).
