@@ -212,7 +212,7 @@ void decode(const AttentionProblem& problem, const DecodeArgs& args,
 template <class Real>
 struct RowStatistics {
   Real lse = 0;
-  Real one_plus_t_bar = 0;
+  Real t_bar = 0;
   Real g_bar = 0;              // dO . v_bar
   Real delta_minus_g_bar = 0;  // dO . o - dO . v_bar
 };
@@ -228,7 +228,7 @@ struct Pair {
 template <class Real>
 Pair<Real> pair_of(const RowStatistics<Real>& row, Real s, Real t, Real g) {
   const Real p = std::exp(s - row.lse);
-  const Real u = row.one_plus_t_bar - t;
+  const Real u = Real(1) + (row.t_bar - t);
   const Real e = p * (g - row.g_bar);
   return {p * u, u * e - row.delta_minus_g_bar * p, -e};
 }
@@ -351,7 +351,7 @@ class Backward {
     Real buffer[kMaxHeadDim];
     RowStatistics<Real> row;
     row.lse = static_cast<const Real*>(args_.lse)[index];
-    row.one_plus_t_bar = Real(1) + static_cast<const Real*>(args_.t_bar)[index];
+    row.t_bar = static_cast<const Real*>(args_.t_bar)[index];
     row.g_bar = dot(d_o, query_row(args_.v_bar, sequence, h, i, buffer), head_dim_);
     row.delta_minus_g_bar =
         dot(d_o, query_row(args_.o, sequence, h, i, buffer), head_dim_) - row.g_bar;
@@ -363,7 +363,7 @@ class Backward {
     const std::int64_t index = row_index(problem_, sequence, h, i);
     RowStatistics<Real> row;
     row.lse = static_cast<const Real*>(args_.lse)[index];
-    row.one_plus_t_bar = Real(1) + static_cast<const Real*>(args_.t_bar)[index];
+    row.t_bar = static_cast<const Real*>(args_.t_bar)[index];
     row.g_bar = g_bar_[index];
     row.delta_minus_g_bar = delta_minus_g_bar_[index];
     return row;
