@@ -7,52 +7,80 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
 
 #include <cstdint>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 namespace parallax::ops {
 
 struct AttentionOptions {
   std::optional<double> scale;  // of q.k; default head_dim^-0.5; r.k is never scaled
   bool causal = true;
-  std::optional<std::int64_t> window;       // last `window` keys of a query, its own among them
-  std::optional<at::Tensor> cu_seqlens_q;   // int32 [batch + 1]: the packed layout
-  std::optional<at::Tensor> cu_seqlens_k;   // int32 [batch + 1]
-  std::optional<at::Tensor> kv_lens;        // int32 [batch], end of the visible keys
-  std::optional<at::Tensor> kv_start;       // int32 [batch], their begin
-  std::optional<at::Tensor> page_table;     // int32 [batch, max_pages]; forward only
+  std::optional<std::int64_t> window;      // last `window` keys of a query, its own among them
+  std::optional<at::Tensor> cu_seqlens_q;  // int32 [batch + 1]: the packed layout
+  std::optional<at::Tensor> cu_seqlens_k;  // int32 [batch + 1]
+  std::optional<at::Tensor> kv_lens;       // int32 [batch], end of the visible keys
+  std::optional<at::Tensor> kv_start;      // int32 [batch], their begin
+  std::optional<at::Tensor> page_table;    // int32 [batch, max_pages]; forward only
 };
 
-// q, r [batch, q_len, q_heads, head_dim], k, v [batch, kv_len, kv_heads, head_dim] (packed:
-// [tokens, heads, head_dim]) -> o like q. Differentiable in q, r, k, v. The last axis of each must
-// be contiguous.
+// q, r [batch, q_len, num_q_heads, head_dim], k, v [batch, kv_len, num_kv_heads, head_dim] (packed:
+// [tokens, heads, head_dim]) -> o like q. Differentiable in q, r, k, v, once; with a page_table
+// (k, v as in decode) forward only. The last axis of each must be contiguous. Under autocast q, r,
+// k, v are cast to its dtype.
 at::Tensor attention(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k,
                      const at::Tensor& v, const AttentionOptions& options = {});
 
-// The same with the row statistics lse and t_bar [batch, q_heads, q_len] (packed [q_heads,
-// tokens]), float, not differentiable.
+// The same with the row statistics lse and t_bar [batch, num_q_heads, q_len] (packed
+// [num_q_heads, tokens]), natural logarithm, float (double for float64), not differentiable.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> attention_with_stats(
     const at::Tensor& q, const at::Tensor& r, const at::Tensor& k, const at::Tensor& v,
     const AttentionOptions& options = {});
 
 struct DecodeOptions {
-  std::optional<double> scale;
-  std::optional<std::int64_t> window;
-  std::optional<at::Tensor> kv_start;
-  std::optional<at::Tensor> page_table;
+  std::optional<double> scale;           // of q.k; default head_dim^-0.5
+  std::optional<std::int64_t> window;    // last `window` keys of a query, its own among them
+  std::optional<at::Tensor> kv_start;    // int32 [batch]
+  std::optional<at::Tensor> page_table;  // int32 [batch, max_pages]
 };
 
-// A few new tokens (q, r [batch, q_len, q_heads, head_dim]) over a cache k, v [batch, capacity,
-// kv_heads, head_dim], or pages [num_pages, page_size, kv_heads, head_dim] with a page_table.
-// kv_lens int32 [batch] counts the new tokens too: append_kv first. Causal. Not differentiable.
+// A few new tokens (q, r [batch, q_len, num_q_heads, head_dim]) over a cache k, v [batch, capacity,
+// num_kv_heads, head_dim], or pages [num_pages, page_size, num_kv_heads, head_dim] with a
+// page_table. kv_lens int32 [batch] counts the new tokens too: append_kv first. Causal. Neither
+// this nor any function below is differentiable: each refuses an input that requires grad while
+// grad mode is on.
 at::Tensor decode(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache,
                   const at::Tensor& v_cache, const at::Tensor& kv_lens,
                   const DecodeOptions& options = {});
 
-// Writes k, v [batch, len, kv_heads, head_dim] into the caches, in place: token i of sequence b at
-// positions[b] + i (int32 [batch]).
+// The same with lse and t_bar [batch, num_q_heads, q_len], float.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> decode_with_stats(
+    const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache, const at::Tensor& v_cache,
+    const at::Tensor& kv_lens, const DecodeOptions& options = {});
+
+// The partial state of rows over some of their keys, float and contiguous: m (the largest logit, in
+// natural units), d1, d2 [batch, num_q_heads, q_len]; o1, o2 [batch, q_len, num_q_heads, head_dim].
+struct DecodeState {
+  at::Tensor m, d1, d2, o1, o2;
+};
+
+// decode without its last step, for callers that hold the keys in several places.
+DecodeState decode_state(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache,
+                         const at::Tensor& v_cache, const at::Tensor& kv_lens,
+                         const DecodeOptions& options = {});
+
+// The state over the union of the keys of one or more states of the same rows.
+DecodeState merge(const std::vector<DecodeState>& states);
+
+// o (in dtype), lse and t_bar of a state.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> finalize(const DecodeState& state,
+                                                        at::ScalarType dtype = at::kFloat);
+
+// Writes k, v [batch, len, num_kv_heads, head_dim] into the caches, in place: token i of sequence b
+// at positions[b] + i (int32 [batch]).
 void append_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache, at::Tensor& v_cache,
                const at::Tensor& positions, const std::optional<at::Tensor>& page_table = {});
 

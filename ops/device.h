@@ -1,0 +1,25 @@
+// SPDX-License-Identifier: MIT
+// Where a kernel runs: on the CPU with LibTorch's intra-op threads, on a GPU on LibTorch's current
+// stream with workspace from its caching allocator. Nothing here synchronises. All functions raise
+// c10::Error in the name of `op` where the kernel room reports a failure.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include "ops/checks.h"
+#include "parallax/attention.h"
+
+namespace parallax::ops {
+
+// The device of `tensor`, as plans know it.
+Device device_of(const char* op, const at::Tensor& tensor);
+
+// Tasks run on at::get_num_threads() threads, one task at a time from a shared counter: causal rows
+// cost unequal work. Worker ids are stable within a call; nested calls run on one thread.
+ParallelFor cpu_parallel_for();
+
+void run_forward(const char* op, const ForwardPlan& plan, const ForwardArgs& args);
+void run_backward(const char* op, const BackwardPlan& plan, const BackwardArgs& args);
+void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args);
+
+}  // namespace parallax::ops
