@@ -2,7 +2,9 @@
 // plan(): checks the problem, then asks the device's kernels.
 #include "cuda/plan.h"
 
+#include "cpu/backward.h"
 #include "cpu/checks.h"
+#include "cpu/forward.h"
 #include "cpu/reference.h"
 #include "parallax/attention.h"
 
@@ -11,15 +13,23 @@ namespace parallax {
 Status plan(const AttentionProblem& problem, const Device& device, ForwardPlan* plan) {
   if (Status status = cpu::check_problem(problem, device); !status.ok()) return status;
   if (device.kind == Device::Kind::kCuda) return cuda::plan_forward(problem, device, plan);
-  *plan = {problem, device, problem.batch * problem.num_q_heads, 0};
+  if (problem.dtype != DType::kFloat64) {
+    *plan = cpu::plan_forward(problem, device);
+  } else {
+    *plan = {problem, device, problem.batch * problem.num_q_heads, 0};
+  }
   return {};
 }
 
 Status plan(const AttentionProblem& problem, const Device& device, BackwardPlan* plan) {
   if (Status status = cpu::check_problem(problem, device); !status.ok()) return status;
   if (device.kind == Device::Kind::kCuda) return cuda::plan_backward(problem, device, plan);
-  *plan = {problem, device, problem.batch * problem.num_q_heads,
-           cpu::reference_backward_workspace_bytes(problem)};
+  if (problem.dtype != DType::kFloat64) {
+    *plan = cpu::plan_backward(problem, device);
+  } else {
+    *plan = {problem, device, problem.batch * problem.num_q_heads,
+             cpu::reference_backward_workspace_bytes(problem)};
+  }
   return {};
 }
 

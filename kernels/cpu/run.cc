@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 // run() on the CPU: checks the arguments, then hands them to the kernels.
+#include "cpu/backward.h"
 #include "cpu/checks.h"
+#include "cpu/forward.h"
 #include "cpu/reference.h"
 #include "parallax/attention.h"
 
@@ -29,7 +31,11 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace,
            const ParallelFor& parallel_for) {
   if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
   if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
-  cpu::reference_forward(plan.problem, args, parallel_for);
+  if (plan.problem.dtype != DType::kFloat64) {
+    cpu::forward(plan, args, workspace, parallel_for);
+  } else {
+    cpu::reference_forward(plan.problem, args, parallel_for);
+  }
   return {};
 }
 
@@ -37,7 +43,11 @@ Status run(const BackwardPlan& plan, const BackwardArgs& args, void* workspace,
            const ParallelFor& parallel_for) {
   if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
   if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
-  cpu::reference_backward(plan.problem, args, workspace, parallel_for);
+  if (plan.problem.dtype != DType::kFloat64) {
+    cpu::backward(plan, args, workspace, parallel_for);
+  } else {
+    cpu::reference_backward(plan.problem, args, workspace, parallel_for);
+  }
   return {};
 }
 
