@@ -7,11 +7,13 @@
 #include <cstdio>
 #include <numeric>
 
+#include "lm/utf8.h"
+
 namespace parallax::lm {
 namespace {
 
 constexpr double kFontSize = 12;
-constexpr double kCharacterWidth = 6.7;  // of the page's sans-serif at kFontSize, on average
+constexpr double kCharacterWidth = 7.8;  // of the page's bold sans-serif at kFontSize, rather wide
 constexpr double kLabelHeight = 15;
 
 struct Range {
@@ -180,9 +182,10 @@ std::string draw_labels(const Frame& frame, const std::vector<Series>& series) {
   heights = spread_labels(heights, frame.bottom);
   std::string out;
   for (std::size_t i = 0; i < marked.size(); ++i) {
-    out += text_element(
-        frame.right + 9, heights[i],
-        "fill='var(--run-" + std::to_string(marked[i]->color) + ")' font-weight='600'", label);
+    out +=
+        text_element(frame.right + 9, heights[i],
+                     "fill='var(--run-" + std::to_string(marked[i]->color) + ")' font-weight='600'",
+                     marked[i]->label);
   }
   return out;
 }
@@ -200,27 +203,6 @@ std::vector<double> linear_ticks(double low, double high, int wanted) {
     ticks.push_back(i * step);
   }
   return ticks;
-}
-
-// The length of the well-formed UTF-8 character at text[at] (Unicode table 3-7), 0 if there is
-// none.
-std::size_t utf8_length(const std::string& text, std::size_t at) {
-  const auto byte = [&](std::size_t offset) {
-    return at + offset < text.size() ? static_cast<unsigned char>(text[at + offset]) : 0;
-  };
-  const auto continues = [&](std::size_t offset) { return (byte(offset) & 0xC0) == 0x80; };
-  const int lead = byte(0);
-  if (lead < 0x80) return 1;
-  if (lead >= 0xC2 && lead <= 0xDF) return continues(1) ? 2 : 0;
-  if (lead >= 0xE0 && lead <= 0xEF) {
-    if ((lead == 0xE0 && byte(1) < 0xA0) || (lead == 0xED && byte(1) > 0x9F)) return 0;
-    return continues(1) && continues(2) ? 3 : 0;
-  }
-  if (lead >= 0xF0 && lead <= 0xF4) {
-    if ((lead == 0xF0 && byte(1) < 0x90) || (lead == 0xF4 && byte(1) > 0x8F)) return 0;
-    return continues(1) && continues(2) && continues(3) ? 4 : 0;
-  }
-  return 0;
 }
 
 }  // namespace
@@ -254,14 +236,19 @@ std::string short_number(double value) {
   return text;
 }
 
+std::string grouped_digits(std::int64_t value) {
+  std::string digits = std::to_string(value);
+  const std::size_t first = digits.front() == '-' ? 1 : 0;
+  for (std::size_t at = digits.size(); at > first + 3;) digits.insert(at -= 3, ",");
+  return digits;
+}
+
 std::string escape_html(const std::string& text) {
-  static constexpr char kReplacement[] = "\xEF\xBF\xBD";
   std::string out;
-  for (std::size_t i = 0; i < text.size();) {
-    const std::size_t length = utf8_length(text, i);
-    const auto byte = static_cast<unsigned char>(text[i]);
-    if (length == 0 || byte == 0x7F || (byte < 0x20 && byte != '\n' && byte != '\t')) {
-      out += kReplacement;
+  for (char character : to_utf8(text)) {
+    const auto byte = static_cast<unsigned char>(character);
+    if (byte == 0x7F || (byte < 0x20 && byte != '\n' && byte != '\t')) {
+      out += "\xEF\xBF\xBD";
     } else if (byte == '&') {
       out += "&amp;";
     } else if (byte == '<') {
@@ -273,9 +260,8 @@ std::string escape_html(const std::string& text) {
     } else if (byte == '\'') {
       out += "&#39;";
     } else {
-      out += text.substr(i, length);
+      out += character;
     }
-    i += std::max<std::size_t>(length, 1);
   }
   return out;
 }

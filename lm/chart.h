@@ -4,6 +4,7 @@
 // Every label is escaped here.
 #pragma once
 
+#include <cstdint>
 #include <string>
 #include <utility>
 #include <vector>
@@ -28,7 +29,7 @@ struct Axes {
   bool y_log = false;         // then only points with y > 0 are drawn
   bool y_zero_line = false;   // draws y = 0 stronger, and makes room for it
   bool direct_labels = true;  // names kMarked series at their last point; takes room at the right
-  int width = 720, height = 380;  // of the SVG's own coordinates, in CSS pixels
+  int width = 824, height = 400;  // of the SVG's own coordinates, in CSS pixels
 };
 
 // An <svg> element. With no point to draw it says so in the middle of an empty frame.
@@ -41,6 +42,9 @@ std::vector<double> round_ticks(double low, double high, int wanted, bool log);
 
 // A number for people: 1234567 -> "1.23M", 0.00321 -> "0.00321", 2.5 -> "2.5".
 std::string short_number(double value);
+
+// 1234567 -> "1,234,567".
+std::string grouped_digits(std::int64_t value);
 
 // Text as HTML text or attribute value: & < > " ' escaped, control characters and bytes that are
 // not UTF-8 replaced by U+FFFD.
