@@ -50,6 +50,7 @@ struct OptimizerConfig {
   std::int64_t ns_steps = 5;
   // a, b, c of X <- aX + (bA + cA^2)X, A = XX^T: three numbers for every step, or three a step.
   std::vector<double> ns_coefficients = {3.4445, -4.7750, 2.0315};
+  std::string ns_dtype = "float32";          // "float32" | "bfloat16"
   std::string scaling = "keller_jordan";     // "keller_jordan" | "rms_matched"
   std::string orthogonalize = "projection";  // "fused" | "projection" | "head"
   double adamw_lr = 3e-3;
@@ -96,9 +97,10 @@ struct Config {
 
 // Reads a config; fields that it does not name keep the defaults above. Each override is
 // "section.key=value", the value in TOML (quotes around a string may be left out), applied last.
-// A relative model.match_to comes back resolved against the file's folder. Throws Error naming
-// file, key, what was expected and what came: unreadable file, bad TOML, unknown key (with the
-// nearest known one), wrong type, value out of range, impossible shape.
+// A relative model.match_to of the file
+// comes back resolved against the file's folder (one of an override: the working folder). Throws
+// Error naming file, key, what was expected and what came: unreadable file, bad TOML, unknown key
+// (with the nearest known one), wrong type, value out of range, impossible shape.
 Config load_config(const std::string& path, const std::vector<std::string>& overrides = {});
 
 // The same from text; `name` stands for the file in messages and, where it has a folder, resolves
