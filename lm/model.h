@@ -11,12 +11,12 @@
 
 #include "lm/config.h"
 #include "lm/kv_cache.h"
+#include "lm/layers.h"
 #include "lm/mixers/mixer.h"
 
 namespace parallax::lm {
 
 class DecoderLayer;
-class Weight;
 
 enum class Reduction { kMean, kNone };
 
@@ -44,7 +44,7 @@ class CausalLm : public torch::nn::Module {
 
   // Cross-entropy in nats of targets [batch, len] after tokens [batch, len]; targets of -100 count
   // nothing. kMean: a scalar, the mean over the counted targets; kNone: [batch, len], 0 where not
-  // counted. The vocabulary axis is never held for all rows at once where it is large.
+  // counted, no gradient. Large vocabularies never hold the logits of all rows at once.
   at::Tensor loss(const at::Tensor& tokens, const at::Tensor& targets,
                   Reduction reduction = Reduction::kMean);
 
@@ -63,6 +63,9 @@ class CausalLm : public torch::nn::Module {
 
  private:
   const at::Tensor& head_weight() const;  // [vocab_size, hidden_size]
+  at::Tensor embed(const at::Tensor& tokens) const;
+  Rope rope(std::int64_t start, std::int64_t len) const;
+  at::Tensor final_norm(const at::Tensor& x) const;
 
   ModelConfig config_;
   at::ScalarType compute_dtype_ = at::kFloat;

@@ -10,6 +10,7 @@
 
 #include "lm/config.h"
 #include "lm/kv_cache.h"
+#include "lm/layers.h"
 
 namespace parallax::lm {
 
@@ -19,22 +20,20 @@ struct AttentionInputs {
   at::Tensor q, r, k, v;
 };
 
-// cos and sin of the rotation angles of positions [start, start + len), float [len, head_dim / 2].
-struct Rope {
-  at::Tensor cos, sin;
-};
-
 class Mixer : public torch::nn::Module {
  public:
   // x [batch, len, hidden_size] -> the same shape. Causal.
   virtual at::Tensor forward(const at::Tensor& x, const Rope& rope) = 0;
 
-  // The same for tokens that follow the cache.len cached ones; writes their keys and values to
-  // layer `layer` of the cache. The caller advances cache.len once all layers have run.
+  // The same for the newest tokens of a cache that already counts them (KvCache::advance): writes
+  // their keys and values to layer `layer` of the cache and attends to all that it holds.
   virtual at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
                                     std::int64_t layer) = 0;
 
   virtual AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) = 0;
 };
+
+// The mixer that config.mixer names. Its weights are not initialised.
+std::shared_ptr<Mixer> make_mixer(const ModelConfig& config);
 
 }  // namespace parallax::lm

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT
+#include "lm/layers.h"
+
+#include <algorithm>
+#include <cmath>
+#include <functional>
+
+namespace parallax::lm {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+Weight::Weight(at::IntArrayRef shape) { weight = register_parameter("weight", at::empty(shape)); }
+
+// ---- RoPE
+
+Rope make_rope(std::int64_t start, std::int64_t len, std::int64_t head_dim, double theta,
+               at::TensorOptions options) {
+  const auto f32 = options.dtype(at::kFloat);
+  const at::Tensor exponents = at::arange(0, head_dim, 2, f32) / static_cast<double>(head_dim);
+  const at::Tensor frequencies = at::pow(theta, exponents).reciprocal();
+  const at::Tensor positions = at::arange(start, start + len, f32);
+  const at::Tensor angles = at::outer(positions, frequencies).unsqueeze(1);
+  return {angles.cos().to(options), angles.sin().to(options)};
+}
+
+namespace {
+
+at::Tensor rotated(const at::Tensor& x, const at::Tensor& cos, const at::Tensor& sin,
+                   double direction) {
+  const std::int64_t half = x.size(-1) / 2;
+  const at::Tensor x1 = x.narrow(-1, 0, half), x2 = x.narrow(-1, half, half);
+  at::Tensor y = at::empty(x.sizes(), x.options());
+  at::Tensor y1 = y.narrow(-1, 0, half), y2 = y.narrow(-1, half, half);
+  at::mul_out(y1, x1, cos).addcmul_(x2, sin, -direction);
+  at::mul_out(y2, x2, cos).addcmul_(x1, sin, direction);
+  return y;
+}
+
+// The rotation is orthogonal: its backward turns the other way.
+struct Rotate : Function<Rotate> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& cos,
+                            const at::Tensor& sin) {
+    ctx->save_for_backward({cos, sin});
+    return rotated(x, cos, sin, 1);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    return {rotated(grads[0], saved[0], saved[1], -1), {}, {}};
+  }
+};
+
+}  // namespace
+
+at::Tensor rotate(const at::Tensor& x, const Rope& rope) {
+  return Rotate::apply(x, rope.cos, rope.sin);
+}
+
+// ---- norm, products, FFN
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps) {
+  return at::rms_norm(x, {x.size(-1)}, gain.to(x.scalar_type()), eps);
+}
+
+at::Tensor linear(const at::Tensor& x, const std::vector<at::Tensor>& weights) {
+  // The copy that cat makes is small beside the product: out * in against rows * out * in.
+  const at::Tensor w = weights.size() == 1 ? weights[0] : at::cat(weights);
+  return at::linear(x, w.to(x.scalar_type()));
+}
+
+namespace {
+
+struct SwiGlu : Function<SwiGlu> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up) {
+    ctx->save_for_backward({gate_up});
+    const std::vector<at::Tensor> halves = gate_up.chunk(2, -1);
+    return at::silu(halves[0]).mul_(halves[1]);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const at::Tensor gate_up = ctx->get_saved_variables()[0];
+    const std::vector<at::Tensor> halves = gate_up.chunk(2, -1);
+    at::Tensor d_gate_up = at::empty_like(gate_up);
+    std::vector<at::Tensor> d = d_gate_up.chunk(2, -1);
+    at::silu_backward_out(d[0], grads[0] * halves[1], halves[0]);
+    at::mul_out(d[1], at::silu(halves[0]), grads[0]);
+    return {d_gate_up};
+  }
+};
+
+}  // namespace
+
+at::Tensor swiglu(const at::Tensor& gate_up) { return SwiGlu::apply(gate_up); }
+
+// ---- loss
+
+namespace {
+
+constexpr std::int64_t kIgnored = -100;
+constexpr std::int64_t kLogitsAtOnce = std::int64_t{1} << 26;  // elements of a block of rows
+
+at::ScalarType loss_dtype(const at::Tensor& x) {
+  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+}
+
+// body(first row, number of rows, log-probabilities [rows, vocab]) for every block.
+void for_blocks(const at::Tensor& x, const at::Tensor& w,
+                const std::function<void(std::int64_t, std::int64_t, const at::Tensor&)>& body) {
+  const std::int64_t block = std::max<std::int64_t>(1, kLogitsAtOnce / w.size(0));
+  for (std::int64_t row = 0; row < x.size(0); row += block) {
+    const std::int64_t rows = std::min(block, x.size(0) - row);
+    const at::Tensor logits = at::linear(x.narrow(0, row, rows), w);
+    body(row, rows, at::log_softmax(logits, 1, loss_dtype(x)));
+  }
+}
+
+// The gradients for a unit gradient of the loss are made with the loss, block by block, so that no
+// block's logits have to be made twice.
+struct LinearCrossEntropy : Function<LinearCrossEntropy> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& master,
+                            const at::Tensor& targets) {
+    const at::Tensor w = master.to(x.scalar_type());
+    const at::Tensor count = targets.ne(kIgnored).sum().to(loss_dtype(x));
+    const at::Tensor per_target = count.reciprocal();
+    at::Tensor loss = at::zeros({}, per_target.options());
+    at::Tensor dx = at::empty_like(x);
+    at::Tensor dw = at::zeros_like(master);
+    for_blocks(x, w, [&](std::int64_t row, std::int64_t rows, const at::Tensor& log_p) {
+      const at::Tensor target = targets.narrow(0, row, rows);
+      const auto [sum, weight] =
+          at::nll_loss_forward(log_p, target, {}, at::Reduction::Sum, kIgnored);
+      loss.add_(sum);
+      const at::Tensor d_log_p = at::nll_loss_backward(per_target, log_p, target, {},
+                                                       at::Reduction::Sum, kIgnored, weight);
+      const at::Tensor d_logits =
+          at::_log_softmax_backward_data(d_log_p, log_p, 1, log_p.scalar_type())
+              .to(x.scalar_type());
+      at::Tensor dx_block = dx.narrow(0, row, rows);
+      at::mm_out(dx_block, d_logits, w);
+      dw.add_(at::mm(d_logits.t(), x.narrow(0, row, rows)));
+    });
+    ctx->save_for_backward({dx, dw});
+    return loss.mul_(per_target);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    return {saved[0] * grads[0].to(saved[0].scalar_type()),
+            saved[1] * grads[0].to(saved[1].scalar_type()),
+            {}};
+  }
+};
+
+}  // namespace
+
+at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& w,
+                                const at::Tensor& targets) {
+  if (at::GradMode::is_enabled() && (x.requires_grad() || w.requires_grad())) {
+    return LinearCrossEntropy::apply(x, w, targets);
+  }
+  return linear_cross_entropy_rows(x, w, targets).sum() / targets.ne(kIgnored).sum();
+}
+
+at::Tensor linear_cross_entropy_rows(const at::Tensor& x, const at::Tensor& w,
+                                     const at::Tensor& targets) {
+  const at::NoGradGuard no_grad;
+  at::Tensor losses = at::empty({x.size(0)}, x.options().dtype(loss_dtype(x)));
+  for_blocks(x, w.to(x.scalar_type()),
+             [&](std::int64_t row, std::int64_t rows, const at::Tensor& log_p) {
+               losses.narrow(0, row, rows)
+                   .copy_(at::nll_loss(log_p, targets.narrow(0, row, rows), {}, at::Reduction::None,
+                                       kIgnored));
+             });
+  return losses;
+}
+
+}  // namespace parallax::lm

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: MIT
+// The differentiable pieces between the matrix products of a decoder layer, and the loss. Each
+// keeps the least that its backward needs and runs in its input's dtype unless it says otherwise;
+// weights are float32 masters and are cast to the activations' dtype where the two meet.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace parallax::lm {
+
+// One tensor called "weight": a linear map [out, in], a gain [size] or an embedding.
+class Weight : public torch::nn::Module {
+ public:
+  explicit Weight(at::IntArrayRef shape);
+  at::Tensor weight;
+};
+
+// cos and sin of the rotation angles of some positions, [len, 1, head_dim / 2].
+struct Rope {
+  at::Tensor cos, sin;
+};
+
+// Angles of positions [start, start + len): position * theta^(-2i / head_dim), frequencies, angles,
+// cos and sin in float32 whatever `options` asks the result to be.
+Rope make_rope(std::int64_t start, std::int64_t len, std::int64_t head_dim, double theta,
+               at::TensorOptions options);
+
+// x [batch, len, heads, head_dim] with the pairs (x_i, x_{i + head_dim/2}) rotated by their angles.
+at::Tensor rotate(const at::Tensor& x, const Rope& rope);
+
+// x / sqrt(mean(x^2) + eps) * gain over the last axis.
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps);
+
+// x [..., in] times several [out_i, in] weights in one product -> [..., sum of out_i].
+at::Tensor linear(const at::Tensor& x, const std::vector<at::Tensor>& weights);
+
+// gate|up [..., 2 size] -> silu(gate) * up [..., size].
+at::Tensor swiglu(const at::Tensor& gate_up);
+
+// Mean cross-entropy, in nats, of targets [rows] under the logits x w^T, x [rows, in], w [vocab,
+// in]; rows whose target is -100 do not count. The logits are made, turned into gradients and
+// dropped a block of rows at a time; softmax and loss in float32 or wider.
+at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& w,
+                                const at::Tensor& targets);
+
+// The same a row, [rows], 0 where the target is -100. Not differentiable.
+at::Tensor linear_cross_entropy_rows(const at::Tensor& x, const at::Tensor& w,
+                                     const at::Tensor& targets);
+
+}  // namespace parallax::lm

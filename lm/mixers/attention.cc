@@ -1,0 +1,71 @@
+// SPDX-License-Identifier: MIT
+#include "lm/mixers/attention.h"
+
+namespace parallax::lm {
+
+Attention::Attention(const ModelConfig& config) : config_(config) {
+  const std::int64_t q_size = config.num_q_heads * config.head_dim;
+  const std::int64_t kv_size = config.num_kv_heads * config.head_dim;
+  const auto weight = [this](const char* name, at::IntArrayRef shape) {
+    return register_module(name, std::make_shared<Weight>(shape));
+  };
+  q_proj_ = weight("q_proj", {q_size, config.hidden_size});
+  k_proj_ = weight("k_proj", {kv_size, config.hidden_size});
+  v_proj_ = weight("v_proj", {kv_size, config.hidden_size});
+  o_proj_ = weight("o_proj", {config.hidden_size, q_size});
+  q_norm_ = weight("q_norm", {config.head_dim});
+  k_norm_ = weight("k_norm", {config.head_dim});
+  if (config.mixer == "parallax") {
+    r_proj_ = weight("r_proj", {q_size, config.hidden_size});
+    if (config.r_norm) r_norm_ = weight("r_norm", {config.head_dim});
+  }
+}
+
+at::Tensor Attention::heads(const at::Tensor& x, const Weight* norm, const Rope* rope) const {
+  at::Tensor y = x.unflatten(-1, {x.size(-1) / config_.head_dim, config_.head_dim});
+  if (norm) y = rms_norm(y, norm->weight, config_.rms_norm_eps);
+  return rope ? rotate(y, *rope) : y;
+}
+
+AttentionInputs Attention::attention_inputs(const at::Tensor& x, const Rope& rope) {
+  const std::int64_t q_size = config_.num_q_heads * config_.head_dim;
+  const std::int64_t kv_size = config_.num_kv_heads * config_.head_dim;
+  AttentionInputs inputs;
+  if (r_proj_) {
+    const std::vector<at::Tensor> qrkv =
+        linear(x, {q_proj_->weight, r_proj_->weight, k_proj_->weight, v_proj_->weight})
+            .split_with_sizes({q_size, q_size, kv_size, kv_size}, -1);
+    inputs.q = heads(qrkv[0], q_norm_.get(), &rope);
+    inputs.r = heads(qrkv[1], r_norm_.get(), config_.r_rope ? &rope : nullptr);
+    inputs.k = heads(qrkv[2], k_norm_.get(), &rope);
+    inputs.v = heads(qrkv[3], nullptr, nullptr);
+  } else {
+    const std::vector<at::Tensor> qkv =
+        linear(x, {q_proj_->weight, k_proj_->weight, v_proj_->weight})
+            .split_with_sizes({q_size, kv_size, kv_size}, -1);
+    inputs.q = heads(qkv[0], q_norm_.get(), &rope);
+    inputs.k = heads(qkv[1], k_norm_.get(), &rope);
+    inputs.v = heads(qkv[2], nullptr, nullptr);
+  }
+  return inputs;
+}
+
+at::Tensor Attention::project_output(const at::Tensor& o) const {
+  return linear(o.flatten(-2), {o_proj_->weight});
+}
+
+at::Tensor Attention::forward(const at::Tensor& x, const Rope& rope) {
+  return project_output(attend(attention_inputs(x, rope)));
+}
+
+at::Tensor Attention::forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
+                                     std::int64_t layer) {
+  return project_output(attend_cached(attention_inputs(x, rope), cache, layer));
+}
+
+std::shared_ptr<Mixer> make_mixer(const ModelConfig& config) {
+  if (config.mixer == "parallax") return std::make_shared<ParallaxAttention>(config);
+  return std::make_shared<SoftmaxAttention>(config);
+}
+
+}  // namespace parallax::lm

@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: MIT
+// Multi-head attention as Qwen3 has it, around an inner rule: projections without bias, RMSNorm per
+// head on q, k (and r) before RoPE, grouped keys and values, output projection. SoftmaxAttention
+// runs LibTorch's own attention; ParallaxAttention runs torch.ops.parallax with the probe r = W_R
+// x.
+#pragma once
+
+#include "lm/mixers/mixer.h"
+
+namespace parallax::lm {
+
+class Attention : public Mixer {
+ public:
+  explicit Attention(const ModelConfig& config);
+
+  at::Tensor forward(const at::Tensor& x, const Rope& rope) final;
+  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
+                            std::int64_t layer) final;
+  AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) final;
+
+ protected:
+  // -> o [batch, len, num_q_heads, head_dim]
+  virtual at::Tensor attend(const AttentionInputs& inputs) = 0;
+  virtual at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
+                                   std::int64_t layer) = 0;
+
+ private:
+  // x [batch, len, heads * head_dim] -> per-head norm (where there is one), RoPE (where asked for).
+  at::Tensor heads(const at::Tensor& x, const Weight* norm, const Rope* rope) const;
+  at::Tensor project_output(const at::Tensor& o) const;
+
+  ModelConfig config_;
+  std::shared_ptr<Weight> q_proj_, k_proj_, v_proj_, o_proj_, r_proj_;
+  std::shared_ptr<Weight> q_norm_, k_norm_, r_norm_;  // r_*: null where there is none
+};
+
+class SoftmaxAttention final : public Attention {
+ public:
+  using Attention::Attention;
+
+ private:
+  at::Tensor attend(const AttentionInputs& inputs) override;
+  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
+                           std::int64_t layer) override;
+};
+
+class ParallaxAttention final : public Attention {
+ public:
+  using Attention::Attention;
+
+ private:
+  at::Tensor attend(const AttentionInputs& inputs) override;
+  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
+                           std::int64_t layer) override;
+};
+
+}  // namespace parallax::lm
