@@ -240,7 +240,7 @@ bool Tensor::gaps_intact() const {
 
 View Tensor::view() { return {bytes_.data(), batch_stride(), len_stride(), head_stride()}; }
 
-ConstView Tensor::view() const {
+ConstView Tensor::const_view() const {
   return {bytes_.data(), batch_stride(), len_stride(), head_stride()};
 }
 

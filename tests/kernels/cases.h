@@ -74,7 +74,7 @@ class Tensor {
   bool gaps_intact() const;
 
   View view();
-  ConstView view() const;
+  ConstView const_view() const;
   std::size_t offset(std::int64_t b, std::int64_t i, std::int64_t h, std::int64_t d) const;
   std::vector<unsigned char>& bytes() { return bytes_; }
 

@@ -123,10 +123,10 @@ struct Forward {
     ForwardPlan forward;
     expect_ok(plan(c.problem, device_of(how), &forward), c);
     ForwardArgs args;
-    args.q = std::as_const(in.q).view();
-    args.r = std::as_const(in.r).view();
-    args.k = std::as_const(in.k).view();
-    args.v = std::as_const(in.v).view();
+    args.q = in.q.const_view();
+    args.r = in.r.const_view();
+    args.k = in.k.const_view();
+    args.v = in.v.const_view();
     args.sequences = c.lengths.view();
     args.pages = in.table();
     args.o = o.view();
@@ -154,10 +154,10 @@ struct Forward {
 // A decode's arguments, less where its results go.
 DecodeArgs decode_args(const Case& c, const Tensors& in) {
   DecodeArgs args;
-  args.q = in.q.view();
-  args.r = in.r.view();
-  args.k_cache = in.k.view();
-  args.v_cache = in.v.view();
+  args.q = in.q.const_view();
+  args.r = in.r.const_view();
+  args.k_cache = in.k.const_view();
+  args.v_cache = in.v.const_view();
   args.sequences = c.lengths.view();
   args.pages = in.table();
   return args;
@@ -181,13 +181,13 @@ Results cpu_forward_backward(const Case& c, const How& how) {
   BackwardPlan backward;
   expect_ok(plan(c.problem, device_of(how), &backward), c);
   BackwardArgs args;
-  args.q = std::as_const(forward.in.q).view();
-  args.r = std::as_const(forward.in.r).view();
-  args.k = std::as_const(forward.in.k).view();
-  args.v = std::as_const(forward.in.v).view();
-  args.o = std::as_const(forward.o).view();
-  args.v_bar = std::as_const(forward.v_bar).view();
-  args.d_o = d_o.view();
+  args.q = forward.in.q.const_view();
+  args.r = forward.in.r.const_view();
+  args.k = forward.in.k.const_view();
+  args.v = forward.in.v.const_view();
+  args.o = forward.o.const_view();
+  args.v_bar = forward.v_bar.const_view();
+  args.d_o = d_o.const_view();
   args.lse = forward.lse.data();
   args.t_bar = forward.t_bar.data();
   args.sequences = c.lengths.view();

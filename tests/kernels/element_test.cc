@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT
+// bfloat16 and float16, every bit pattern, and rounding to nearest even between all of them.
+#include "kernels/cpu/element.h"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+
+namespace parallax::cpu {
+namespace {
+
+// The value of a 16-bit float from its definition.
+double value_of(unsigned bits, int exponent_bits, int fraction_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = (bits >> fraction_bits) & ((1 << exponent_bits) - 1);
+  const int fraction = bits & ((1 << fraction_bits) - 1);
+  const double sign = (bits & 0x8000u) ? -1.0 : 1.0;
+  if (exponent == (1 << exponent_bits) - 1) return fraction ? NAN : sign * INFINITY;
+  const int implied = exponent == 0 ? 0 : 1 << fraction_bits;
+  return sign * std::ldexp(fraction + implied, std::max(exponent, 1) - bias - fraction_bits);
+}
+
+template <class T>
+class Half : public testing::Test {
+ public:
+  static constexpr int kExponentBits = std::is_same_v<T, BFloat16> ? 8 : 5;
+  static constexpr int kFractionBits = 15 - kExponentBits;
+  static double value(unsigned bits) { return value_of(bits, kExponentBits, kFractionBits); }
+  static unsigned rounded(float x) {
+    T half;
+    store(x, &half);
+    return half.bits;
+  }
+};
+using Halves = testing::Types<BFloat16, Float16>;
+TYPED_TEST_SUITE(Half, Halves);
+
+TYPED_TEST(Half, EveryPatternLoadsAndStoresBack) {
+  for (unsigned bits = 0; bits < 0x10000u; ++bits) {
+    const float loaded = load(TypeParam{static_cast<std::uint16_t>(bits)});
+    const double expected = this->value(bits);
+    if (std::isnan(expected)) {
+      ASSERT_TRUE(std::isnan(loaded)) << bits;
+      ASSERT_TRUE(std::isnan(this->value(this->rounded(loaded)))) << bits;
+      continue;
+    }
+    ASSERT_EQ(loaded, expected) << bits;
+    ASSERT_EQ(this->rounded(loaded), bits);
+  }
+}
+
+TYPED_TEST(Half, BetweenNeighboursRoundsToNearestEven) {
+  const unsigned infinity = static_cast<unsigned>(((1 << this->kExponentBits) - 1))
+                            << this->kFractionBits;
+  for (unsigned bits = 0; bits + 1 < infinity; ++bits) {
+    const double low = this->value(bits), high = this->value(bits + 1);
+    const float middle = static_cast<float>((low + high) / 2);
+    const unsigned even = bits % 2 == 0 ? bits : bits + 1;
+    ASSERT_EQ(this->rounded(middle), even) << bits;
+    ASSERT_EQ(this->rounded(-middle), even | 0x8000u) << bits;
+    ASSERT_EQ(this->rounded(std::nextafter(middle, 0.0f)), bits) << bits;
+    ASSERT_EQ(this->rounded(std::nextafter(middle, INFINITY)), bits + 1) << bits;
+  }
+  // Half an ulp beyond the largest finite number starts infinity.
+  const double largest = this->value(infinity - 1), ulp = largest - this->value(infinity - 2);
+  const float edge = static_cast<float>(largest + ulp / 2);
+  EXPECT_EQ(this->rounded(edge), infinity);
+  EXPECT_EQ(this->rounded(std::nextafter(edge, 0.0f)), infinity - 1);
+  EXPECT_EQ(this->rounded(INFINITY), infinity);
+}
+
+}  // namespace
+}  // namespace parallax::cpu
