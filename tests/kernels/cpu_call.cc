@@ -9,6 +9,9 @@
 #include <memory>
 #include <optional>
 
+#include "kernels/cpu/backward.h"
+#include "kernels/cpu/forward.h"
+
 namespace parallax::tests {
 namespace {
 
@@ -134,7 +137,11 @@ struct Forward {
     args.lse = lse.data();
     args.t_bar = t_bar.data();
     Workspace workspace(workspace_bytes(forward));
-    expect_ok(run(forward, args, workspace.data(), parallel_for(how.num_threads)), c);
+    if (how.target) {
+      cpu::forward(forward, args, workspace.data(), parallel_for(how.num_threads), *how.target);
+    } else {
+      expect_ok(run(forward, args, workspace.data(), parallel_for(how.num_threads)), c);
+    }
     EXPECT_TRUE(o.gaps_intact() && v_bar.gaps_intact()) << c.name;
   }
   Results results() const {
@@ -196,7 +203,11 @@ Results cpu_forward_backward(const Case& c, const How& how) {
   args.dk = dk.view();
   args.dv = dv.view();
   Workspace workspace(workspace_bytes(backward));
-  expect_ok(run(backward, args, workspace.data(), parallel_for(how.num_threads)), c);
+  if (how.target) {
+    cpu::backward(backward, args, workspace.data(), parallel_for(how.num_threads), *how.target);
+  } else {
+    expect_ok(run(backward, args, workspace.data(), parallel_for(how.num_threads)), c);
+  }
   EXPECT_TRUE(dq.gaps_intact() && dr.gaps_intact() && dk.gaps_intact() && dv.gaps_intact());
   Results results = forward.results();
   results.dq = dq.values();

@@ -3,6 +3,7 @@
 // of NaN, keys that no query sees stay NaN, and the gaps between rows are checked afterwards.
 #pragma once
 
+#include "kernels/cpu/target.h"
 #include "tests/kernels/oracle.h"
 
 namespace parallax::tests {
@@ -10,6 +11,8 @@ namespace parallax::tests {
 struct How {
   int num_threads = 1;
   int page_size = 0;  // 0: contiguous
+  const cpu::Target* target =
+      nullptr;  // instruction set of the blocked kernels; null: run() chooses
 };
 
 // o, v_bar, lse, t_bar
