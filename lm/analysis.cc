@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <tuple>
 
@@ -137,6 +138,23 @@ std::vector<HeadStatistics> telling_heads(const std::vector<HeadStatistics>& hea
     return std::tie(a.layer, a.head) < std::tie(b.layer, b.head);
   });
   return chosen;
+}
+
+std::string heads_json(const std::vector<HeadStatistics>& heads) {
+  nlohmann::ordered_json json = nlohmann::ordered_json::array();
+  for (const HeadStatistics& head : heads) {
+    json.push_back({{"layer", head.layer},
+                    {"head", head.head},
+                    {"cor", head.cor},
+                    {"total_variation", head.total_variation},
+                    {"negativity", head.negativity},
+                    {"entropy", head.entropy},
+                    {"sink_mass", head.sink_mass},
+                    {"combined_sink_mass", head.combined_sink_mass},
+                    {"min_weight", head.min_weight},
+                    {"max_weight", head.max_weight}});
+  }
+  return json.dump(2);
 }
 
 }  // namespace parallax::lm

@@ -8,6 +8,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "lm/model.h"
@@ -60,5 +61,8 @@ HeadWeights weights_of_head(CausalLm& model, const at::Tensor& tokens, std::int6
 // any twice; in the order of the model.
 std::vector<HeadStatistics> telling_heads(const std::vector<HeadStatistics>& heads,
                                           std::int64_t count);
+
+// A JSON array with an object a head, the members of HeadStatistics by name.
+std::string heads_json(const std::vector<HeadStatistics>& heads);
 
 }  // namespace parallax::lm

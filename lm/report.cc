@@ -212,19 +212,6 @@ Json run_json(const ReportedRun& run) {
           {"tokens_per_s", run.tokens_per_s}};
 }
 
-Json head_json(const HeadStatistics& head) {
-  return {{"layer", head.layer},
-          {"head", head.head},
-          {"sink_mass", head.sink_mass},
-          {"combined_sink_mass", head.combined_sink_mass},
-          {"entropy", head.entropy},
-          {"negativity", head.negativity},
-          {"total_variation", head.total_variation},
-          {"cor", head.cor},
-          {"min_weight", head.min_weight},
-          {"max_weight", head.max_weight}};
-}
-
 std::string table_line(const std::string& name, const std::string& bits_per_byte,
                        const std::string& parameters, const std::string& flops,
                        const std::string& tokens_per_s) {
@@ -274,10 +261,9 @@ std::string report_json(const Report& report) {
                       {"text", report.sample->text}};
   }
   if (report.attention) {
-    Json heads = Json::array();
-    for (const HeadStatistics& head : report.attention->heads) heads.push_back(head_json(head));
-    json["attention"] = {
-        {"run", report.attention->run}, {"text", report.attention->text}, {"heads", heads}};
+    json["attention"] = {{"run", report.attention->run},
+                         {"text", report.attention->text},
+                         {"heads", Json::parse(heads_json(report.attention->heads))}};
   }
   return json.dump(2, ' ', false, Json::error_handler_t::replace);
 }
