@@ -221,12 +221,14 @@ std::tuple<Tensor, Tensor, Tensor> finalize(const Tensor& m, const Tensor& d1, c
   return {o, lse, t_bar};
 }
 
+void register_merge(torch::Library& m) { m.impl("merge", &merge); }
+
 void register_kernels(torch::Library& m) {
   m.impl("decode.stats", &decode_stats);
   m.impl("decode.out", &decode_out);
   m.impl("decode.state", &decode_state);
   m.impl("append_kv", &append_kv);
-  m.impl("merge", &merge);
+  register_merge(m);
   m.impl("finalize", &finalize);
 }
 
@@ -235,5 +237,7 @@ void register_kernels(torch::Library& m) {
 TORCH_LIBRARY_IMPL(parallax, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(parallax, CUDA, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(parallax, Meta, m) { register_kernels(m); }
+// Where an empty list, which has no device, arrives to be refused.
+TORCH_LIBRARY_IMPL(parallax, Undefined, m) { register_merge(m); }
 
 }  // namespace parallax::ops
