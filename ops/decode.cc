@@ -175,7 +175,6 @@ AttentionProblem state_problem(const DecodeState& state, const CallShape& shape)
 StateTensors merge(at::TensorList m, at::TensorList d1, at::TensorList d2, at::TensorList o1,
                    at::TensorList o2) {
   const char* op = "merge";
-  TORCH_CHECK_VALUE(!m.empty(), "parallax::merge: states: expected at least one, got none");
   for (const auto& [name, list] : {std::pair{"d1", d1}, {"d2", d2}, {"o1", o1}, {"o2", o2}}) {
     TORCH_CHECK_VALUE(list.size() == m.size(), "parallax::merge: ", name, ": expected ", m.size(),
                       " tensors like m, got ", list.size());
@@ -221,14 +220,23 @@ std::tuple<Tensor, Tensor, Tensor> finalize(const Tensor& m, const Tensor& d1, c
   return {o, lse, t_bar};
 }
 
-void register_merge(torch::Library& m) { m.impl("merge", &merge); }
+void refuse_no_states(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
+                      torch::jit::Stack* stack) {
+  const c10::IValue& m =
+      *(stack->end() - static_cast<std::ptrdiff_t>(op.schema().arguments().size()));
+  TORCH_CHECK_VALUE(!m.toListRef().empty(),
+                    "parallax::merge: states: expected at least one, got none");
+  op.redispatchBoxed(
+      keys & c10::DispatchKeySet(c10::DispatchKeySet::FULL_AFTER, c10::DispatchKey::BackendSelect),
+      stack);
+}
 
 void register_kernels(torch::Library& m) {
   m.impl("decode.stats", &decode_stats);
   m.impl("decode.out", &decode_out);
   m.impl("decode.state", &decode_state);
   m.impl("append_kv", &append_kv);
-  register_merge(m);
+  m.impl("merge", &merge);
   m.impl("finalize", &finalize);
 }
 
@@ -237,7 +245,9 @@ void register_kernels(torch::Library& m) {
 TORCH_LIBRARY_IMPL(parallax, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(parallax, CUDA, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(parallax, Meta, m) { register_kernels(m); }
-// Where an empty list, which has no device, arrives to be refused.
-TORCH_LIBRARY_IMPL(parallax, Undefined, m) { register_merge(m); }
+// Runs before a device is chosen, which an empty list would leave open.
+TORCH_LIBRARY_IMPL(parallax, BackendSelect, m) {
+  m.impl("merge", torch::CppFunction::makeFromBoxedFunction<&refuse_no_states>());
+}
 
 }  // namespace parallax::ops
