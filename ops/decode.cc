@@ -156,7 +156,7 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cach
   const char* op = "append_kv";
   const CallShape shape = check_append_kv(op, k, v, k_cache, v_cache, positions, page_table);
   if (k.is_meta()) return;
-  device_of(op, k);
+  require_cpu(op, k);
   AppendArgs args;
   args.k = const_view(k);
   args.v = const_view(v);
@@ -193,7 +193,7 @@ StateTensors merge(at::TensorList m, at::TensorList d1, at::TensorList d2, at::T
                            at::empty_symint(o1[0].sym_sizes(), o1[0].options()),
                            at::empty_symint(o1[0].sym_sizes(), o1[0].options())};
   if (first.m.is_meta()) return as_tuple(merged);
-  device_of(op, first.m);
+  require_cpu(op, first.m);
   check_status(
       op, merge_states(state_problem(first, shape), views.data(), static_cast<int>(views.size()),
                        state_view(merged), cpu_parallel_for()));
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> finalize(const Tensor& m, const Tensor& d1, c
   const Tensor lse = at::empty_symint(m.sym_sizes(), m.options());
   const Tensor t_bar = at::empty_symint(m.sym_sizes(), m.options());
   if (m.is_meta()) return {o, lse, t_bar};
-  device_of(op, m);
+  require_cpu(op, m);
   AttentionProblem problem = state_problem(state, shape);
   problem.dtype = kernel_dtype(o);
   check_status(op,

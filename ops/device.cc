@@ -7,26 +7,64 @@
 #include <algorithm>
 #include <atomic>
 
+#if defined(PARALLAX_CUDA) && defined(PARALLAX_TORCH_CUDA)
+#define PARALLAX_OPS_CUDA
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#endif
+
 namespace parallax::ops {
 namespace {
 
+// Scratch for one call, none for 0 bytes. Both allocators align more than the kernels ask for; the
+// caching one hands the memory on to later work of the current stream only.
+class Workspace {
+ public:
+  Workspace(std::size_t bytes, at::Device device) {
+    if (bytes == 0) return;
+    memory_ =
+        at::empty({static_cast<std::int64_t>(bytes)}, at::TensorOptions(at::kByte).device(device));
+  }
+  void* data() const { return memory_.defined() ? memory_.mutable_data_ptr() : nullptr; }
+
+ private:
+  at::Tensor memory_;
+};
+
 template <class Plan, class Args>
-void run_on_cpu(const char* op, const Plan& plan, const Args& args) {
-  const auto bytes = static_cast<std::int64_t>(workspace_bytes(plan));
-  const at::Tensor workspace = bytes ? at::empty({bytes}, at::kByte) : at::Tensor();
-  check_status(op,
-               run(plan, args, bytes ? workspace.mutable_data_ptr() : nullptr, cpu_parallel_for()));
+void run_plan(const char* op, const Plan& plan, const Args& args) {
+#ifdef PARALLAX_OPS_CUDA
+  if (plan.device.kind == Device::Kind::kCuda) {
+    const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(plan.device.index));
+    const c10::cuda::CUDAGuard guard(device);
+    const Workspace workspace(workspace_bytes(plan), device);
+    const Stream stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+    return check_status(op, run(plan, args, workspace.data(), stream));
+  }
+#endif
+  const Workspace workspace(workspace_bytes(plan), at::kCPU);
+  check_status(op, run(plan, args, workspace.data(), cpu_parallel_for()));
 }
 
 }  // namespace
 
 Device device_of(const char* op, const at::Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), "parallax::", op, ": no kernel for ",
-                              tensor.device(), " in this build; move the tensors to the CPU");
   Device device;
+#ifdef PARALLAX_OPS_CUDA
+  if (tensor.is_cuda()) {
+    check_status(op, query_device(tensor.get_device(), &device));
+    return device;
+  }
+#endif
+  require_cpu(op, tensor);
   device.kind = Device::Kind::kCpu;
   device.num_threads = at::get_num_threads();
   return device;
+}
+
+void require_cpu(const char* op, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), "parallax::", op, ": this build has no kernel for ",
+                              tensor.device(), "; move the tensors to the CPU");
 }
 
 ParallelFor cpu_parallel_for() {
@@ -44,15 +82,15 @@ ParallelFor cpu_parallel_for() {
 }
 
 void run_forward(const char* op, const ForwardPlan& plan, const ForwardArgs& args) {
-  run_on_cpu(op, plan, args);
+  run_plan(op, plan, args);
 }
 
 void run_backward(const char* op, const BackwardPlan& plan, const BackwardArgs& args) {
-  run_on_cpu(op, plan, args);
+  run_plan(op, plan, args);
 }
 
 void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args) {
-  run_on_cpu(op, plan, args);
+  run_plan(op, plan, args);
 }
 
 }  // namespace parallax::ops

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 // Where a kernel runs: on the CPU with LibTorch's intra-op threads, on a GPU on LibTorch's current
-// stream with workspace from its caching allocator. Nothing here synchronises. All functions raise
-// c10::Error in the name of `op` where the kernel room reports a failure.
+// stream of the tensor's device, with workspace from its caching allocator. Nothing here
+// synchronises. All functions raise c10::Error in the name of `op` where the kernel room reports a
+// failure, and refuse by name a device that this build has no kernel for.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,6 +14,9 @@ namespace parallax::ops {
 
 // The device of `tensor`, as plans know it.
 Device device_of(const char* op, const at::Tensor& tensor);
+
+// For operators that have kernels on the CPU alone.
+void require_cpu(const char* op, const at::Tensor& tensor);
 
 // Tasks run on at::get_num_threads() threads, one task at a time from a shared counter: causal rows
 // cost unequal work. Worker ids are stable within a call; nested calls run on one thread.

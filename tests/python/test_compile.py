@@ -68,6 +68,17 @@ def test_every_operator_is_checked():
     assert names == set(OPERATORS)
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+def test_every_operator_has_its_keys(name):
+    qualified = f"parallax::{name}"
+
+    def has(key):
+        return torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key)
+
+    composite = has("CompositeImplicitAutograd")
+    assert composite or all(has(key) for key in ("CPU", "CUDA", "Meta", "AutogradCUDA"))
+
+
 def block(q, r, k, v):
     """A little work around the operator, so that the compiler has layouts to choose."""
     return parallax_cpp.attention(q * 1.5, r.sin(), k, v + 1, window=4).cos()
