@@ -5,7 +5,7 @@ CMAKE := .venv/bin/cmake
 JOBS  ?= $(shell nproc)
 DATA  ?=
 
-.PHONY: help setup build demo test test-all format lint clean
+.PHONY: help setup build demo test test-all bench-cpu format lint clean
 help:            ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
 
@@ -25,6 +25,10 @@ test: build      ## build and run the tests
 
 test-all: build  ## the long tests too
 	@.venv/bin/ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+
+bench-cpu: build ## attention on this CPU against LibTorch: tables, about two minutes (ARGS="--json F")
+	@$(CMAKE) --build $(BUILD) --target bench_cpu -j $(JOBS)
+	@$(BUILD)/bench_cpu $(ARGS)
 
 format:          ## format the sources in place
 	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format-14 -i
