@@ -127,6 +127,13 @@ void check_window(const char* op, std::optional<std::int64_t> window, bool causa
                     ": window: expected causal=True with a window, got causal=False");
 }
 
+// What is written needs a place for every element. Of concrete tensors.
+void check_no_internal_overlap(const Argument& a) {
+  TORCH_CHECK_VALUE(at::has_internal_overlap(a.tensor) != at::MemOverlap::Yes, a,
+                    "expected memory of its own for every element, got strides ",
+                    a.tensor.strides());
+}
+
 // Sizes of a paged cache: its capacity is what one row of the table spans.
 c10::SymInt paged_capacity(const Argument& k, const Argument& page_table) {
   const c10::SymInt page_size = k.tensor.sym_size(1);
@@ -282,8 +289,7 @@ void check_out(const char* op, const at::Tensor& out, const at::Tensor& q, const
   check_companion(a, {op, "q", q}, 4, kQueryLayout);
   check_sizes(a, q.sym_sizes(), "the shape of q");
   if (out.is_meta()) return;
-  TORCH_CHECK_VALUE(at::has_internal_overlap(out) != at::MemOverlap::Yes, a,
-                    "expected memory of its own for every element, got strides ", out.strides());
+  check_no_internal_overlap(a);
   for (const Argument& input :
        {Argument{op, "q", q}, Argument{op, "r", r}, Argument{op, "k_cache", k_cache},
         Argument{op, "v_cache", v_cache}}) {
@@ -312,6 +318,10 @@ CallShape check_append_kv(const char* op, const at::Tensor& k, const at::Tensor&
   check_size(cache, -2, k.sym_size(-2), "the num_kv_heads of k");
   check_size(cache, -1, k.sym_size(-1), "the head_dim of k");
   check_lengths(key, positions, "positions");
+  if (!k_cache.is_meta()) {
+    check_no_internal_overlap(cache);
+    check_no_internal_overlap({op, "v_cache", v_cache});
+  }
   return {batch, k.sym_size(1), capacity, k.sym_size(-2), k.sym_size(-2), k.sym_size(-1), false};
 }
 

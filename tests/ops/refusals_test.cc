@@ -271,6 +271,11 @@ TEST(Refusals, AppendWritesNothingThatDoesNotFit) {
                 append_kv(k, k, narrow, narrow, int_tensor({0, 0}));
               }),
               HasSubstr("k_cache: expected size 2 in axis -2 (the num_kv_heads of k)"));
+  Tensor shared = at::zeros({1, 8, 2, 16}).expand({2, 8, 2, 16});
+  EXPECT_THAT(message_of([&] {
+                append_kv(k, k, k_cache, shared, int_tensor({0, 0}));
+              }),
+              HasSubstr("v_cache: expected memory of its own for every element, got strides [0, "));
 }
 
 TEST(Refusals, StatesMustFit) {
