@@ -9,4 +9,8 @@ namespace CLI {
 class App;
 }
 
-namespace parallax::cli {}  // namespace parallax::cli
+namespace parallax::cli {
+
+void add_model(CLI::App& app);
+
+}  // namespace parallax::cli

@@ -16,7 +16,10 @@ namespace {
 constexpr int kFailure = 1;
 constexpr int kUsage = 2;
 
-void add_commands(CLI::App& app) { app.require_subcommand(1); }
+void add_commands(CLI::App& app) {
+  app.require_subcommand(1);
+  add_model(app);
+}
 
 std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }
 

@@ -97,16 +97,15 @@ at::Tensor swiglu(const at::Tensor& gate_up) { return SwiGlu::apply(gate_up); }
 namespace {
 
 constexpr std::int64_t kIgnored = -100;
-constexpr std::int64_t kLogitsAtOnce = std::int64_t{1} << 26;  // elements of a block of rows
 
 at::ScalarType loss_dtype(const at::Tensor& x) {
   return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
 // body(first row, number of rows, log-probabilities [rows, vocab]) for every block.
-void for_blocks(const at::Tensor& x, const at::Tensor& w,
+void for_blocks(const at::Tensor& x, const at::Tensor& w, std::int64_t logits_at_once,
                 const std::function<void(std::int64_t, std::int64_t, const at::Tensor&)>& body) {
-  const std::int64_t block = std::max<std::int64_t>(1, kLogitsAtOnce / w.size(0));
+  const std::int64_t block = std::max<std::int64_t>(1, logits_at_once / w.size(0));
   for (std::int64_t row = 0; row < x.size(0); row += block) {
     const std::int64_t rows = std::min(block, x.size(0) - row);
     const at::Tensor logits = at::linear(x.narrow(0, row, rows), w);
@@ -118,27 +117,28 @@ void for_blocks(const at::Tensor& x, const at::Tensor& w,
 // block's logits have to be made twice.
 struct LinearCrossEntropy : Function<LinearCrossEntropy> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& master,
-                            const at::Tensor& targets) {
+                            const at::Tensor& targets, std::int64_t logits_at_once) {
     const at::Tensor w = master.to(x.scalar_type());
     const at::Tensor count = targets.ne(kIgnored).sum().to(loss_dtype(x));
     const at::Tensor per_target = count.reciprocal();
     at::Tensor loss = at::zeros({}, per_target.options());
     at::Tensor dx = at::empty_like(x);
     at::Tensor dw = at::zeros_like(master);
-    for_blocks(x, w, [&](std::int64_t row, std::int64_t rows, const at::Tensor& log_p) {
-      const at::Tensor target = targets.narrow(0, row, rows);
-      const auto [sum, weight] =
-          at::nll_loss_forward(log_p, target, {}, at::Reduction::Sum, kIgnored);
-      loss.add_(sum);
-      const at::Tensor d_log_p = at::nll_loss_backward(per_target, log_p, target, {},
-                                                       at::Reduction::Sum, kIgnored, weight);
-      const at::Tensor d_logits =
-          at::_log_softmax_backward_data(d_log_p, log_p, 1, log_p.scalar_type())
-              .to(x.scalar_type());
-      at::Tensor dx_block = dx.narrow(0, row, rows);
-      at::mm_out(dx_block, d_logits, w);
-      dw.add_(at::mm(d_logits.t(), x.narrow(0, row, rows)));
-    });
+    for_blocks(x, w, logits_at_once,
+               [&](std::int64_t row, std::int64_t rows, const at::Tensor& log_p) {
+                 const at::Tensor target = targets.narrow(0, row, rows);
+                 const auto [sum, weight] =
+                     at::nll_loss_forward(log_p, target, {}, at::Reduction::Sum, kIgnored);
+                 loss.add_(sum);
+                 const at::Tensor d_log_p = at::nll_loss_backward(
+                     per_target, log_p, target, {}, at::Reduction::Sum, kIgnored, weight);
+                 const at::Tensor d_logits =
+                     at::_log_softmax_backward_data(d_log_p, log_p, 1, log_p.scalar_type())
+                         .to(x.scalar_type());
+                 at::Tensor dx_block = dx.narrow(0, row, rows);
+                 at::mm_out(dx_block, d_logits, w);
+                 dw.add_(at::mm(d_logits.t(), x.narrow(0, row, rows)));
+               });
     ctx->save_for_backward({dx, dw});
     return loss.mul_(per_target);
   }
@@ -146,25 +146,27 @@ struct LinearCrossEntropy : Function<LinearCrossEntropy> {
     const variable_list saved = ctx->get_saved_variables();
     return {saved[0] * grads[0].to(saved[0].scalar_type()),
             saved[1] * grads[0].to(saved[1].scalar_type()),
+            {},
             {}};
   }
 };
 
 }  // namespace
 
-at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& w,
-                                const at::Tensor& targets) {
+at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& w, const at::Tensor& targets,
+                                std::int64_t logits_at_once) {
   if (at::GradMode::is_enabled() && (x.requires_grad() || w.requires_grad())) {
-    return LinearCrossEntropy::apply(x, w, targets);
+    return LinearCrossEntropy::apply(x, w, targets, logits_at_once);
   }
-  return linear_cross_entropy_rows(x, w, targets).sum() / targets.ne(kIgnored).sum();
+  return linear_cross_entropy_rows(x, w, targets, logits_at_once).sum() /
+         targets.ne(kIgnored).sum();
 }
 
 at::Tensor linear_cross_entropy_rows(const at::Tensor& x, const at::Tensor& w,
-                                     const at::Tensor& targets) {
+                                     const at::Tensor& targets, std::int64_t logits_at_once) {
   const at::NoGradGuard no_grad;
   at::Tensor losses = at::empty({x.size(0)}, x.options().dtype(loss_dtype(x)));
-  for_blocks(x, w.to(x.scalar_type()),
+  for_blocks(x, w.to(x.scalar_type()), logits_at_once,
              [&](std::int64_t row, std::int64_t rows, const at::Tensor& log_p) {
                losses.narrow(0, row, rows)
                    .copy_(at::nll_loss(log_p, targets.narrow(0, row, rows), {}, at::Reduction::None,

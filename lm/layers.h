@@ -41,14 +41,18 @@ at::Tensor linear(const at::Tensor& x, const std::vector<at::Tensor>& weights);
 // gate|up [..., 2 size] -> silu(gate) * up [..., size].
 at::Tensor swiglu(const at::Tensor& gate_up);
 
+// Elements of the logits that are held at once: 256 MiB of float32.
+inline constexpr std::int64_t kLogitsAtOnce = std::int64_t{1} << 26;
+
 // Mean cross-entropy, in nats, of targets [rows] under the logits x w^T, x [rows, in], w [vocab,
 // in]; rows whose target is -100 do not count. The logits are made, turned into gradients and
 // dropped a block of rows at a time; softmax and loss in float32 or wider.
-at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& w,
-                                const at::Tensor& targets);
+at::Tensor linear_cross_entropy(const at::Tensor& x, const at::Tensor& w, const at::Tensor& targets,
+                                std::int64_t logits_at_once = kLogitsAtOnce);
 
 // The same a row, [rows], 0 where the target is -100. Not differentiable.
 at::Tensor linear_cross_entropy_rows(const at::Tensor& x, const at::Tensor& w,
-                                     const at::Tensor& targets);
+                                     const at::Tensor& targets,
+                                     std::int64_t logits_at_once = kLogitsAtOnce);
 
 }  // namespace parallax::lm

@@ -26,9 +26,18 @@ void widen_ffn(ModelConfig& model, const Measure& measure, double target) {
   if (steps > 0) model.ffn_size += kFfnStep * static_cast<std::int64_t>(steps);
 }
 
-ModelConfig softmax_twin(const ModelConfig& target, const Measure& measure) {
+// The target with the asked model's mixer and switches.
+ModelConfig twin_of(const ModelConfig& target, const ModelConfig& asked) {
   ModelConfig twin = target;
-  twin.mixer = "softmax";
+  twin.mixer = asked.mixer;
+  twin.r_norm = asked.r_norm;
+  twin.r_rope = asked.r_rope;
+  return twin;
+}
+
+ModelConfig softmax_twin(const ModelConfig& target, const ModelConfig& asked,
+                         const Measure& measure) {
+  ModelConfig twin = twin_of(target, asked);
   for (ModelConfig more = twin; measure(more) <= measure(target);
        more.num_q_heads += more.num_kv_heads) {
     twin = more;
@@ -37,20 +46,18 @@ ModelConfig softmax_twin(const ModelConfig& target, const Measure& measure) {
   return twin;
 }
 
-ModelConfig parallax_twin(const ModelConfig& target, const Measure& measure,
-                          const std::string& path) {
-  ModelConfig twin = target;
-  twin.mixer = "parallax";
+ModelConfig parallax_twin(const ModelConfig& target, const ModelConfig& asked,
+                          const Measure& measure) {
+  ModelConfig twin = twin_of(target, asked);
   if (twin.head_dim % 16 == 0) {
     twin.head_dim /= 2;
   } else if (twin.num_q_heads % 2 == 0) {
     twin.num_q_heads /= 2;
     if (twin.num_q_heads % twin.num_kv_heads != 0) twin.num_kv_heads /= 2;
   } else {
-    throw Error(path +
-                ": model.match_to: no Parallax twin of equal compute: neither half of head_dim " +
+    throw Error(asked.match_to + ": model.match_to: neither half of head_dim " +
                 std::to_string(target.head_dim) + " nor half of num_q_heads " +
-                std::to_string(target.num_q_heads) + " is a legal size");
+                std::to_string(target.num_q_heads) + " is a legal size for the Parallax twin");
   }
   widen_ffn(twin, measure, measure(target));
   return twin;
@@ -112,16 +119,15 @@ Match resolve_match(const Config& config) {
   }
   const std::int64_t seq_len = config.data.seq_len;
   Match match{config, {}};
-  match.config.model =
-      parameters
-          ? softmax_twin(target,
-                         [](const ModelConfig& model) {
-                           return static_cast<double>(parameter_count(model));
-                         })
-          : parallax_twin(
-                target,
-                [=](const ModelConfig& model) { return training_flops_per_token(model, seq_len); },
-                path);
+  if (parameters) {
+    match.config.model = softmax_twin(target, asked, [](const ModelConfig& model) {
+      return static_cast<double>(parameter_count(model));
+    });
+  } else {
+    match.config.model = parallax_twin(target, asked, [=](const ModelConfig& model) {
+      return training_flops_per_token(model, seq_len);
+    });
+  }
   match.report = describe(match.config.model, target, asked, seq_len);
   return match;
 }
