@@ -28,11 +28,11 @@ def inputs(q_len, kv_len, heads=(3, 1), batch=2, head_dim=8, dtype=torch.float64
 def visible_keys(q, k, causal=True, window=None, kv_lens=None, kv_start=None):
     """bool [batch, 1, q_len, kv_len]"""
     batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]
-    end = torch.full((batch,), kv_len) if kv_lens is None else kv_lens
-    begin = torch.zeros(batch) if kv_start is None else kv_start
+    end = torch.full((batch,), kv_len, device=q.device) if kv_lens is None else kv_lens
+    begin = torch.zeros(batch, device=q.device) if kv_start is None else kv_start
     end, begin = end.view(-1, 1, 1, 1), begin.view(-1, 1, 1, 1)
-    key = torch.arange(kv_len)
-    last = end - q_len + torch.arange(q_len).view(-1, 1)
+    key = torch.arange(kv_len, device=q.device)
+    last = end - q_len + torch.arange(q_len, device=q.device).view(-1, 1)
     visible = (key >= begin) & (key < end) & (last == last)
     if causal:
         visible = visible & (key <= last)
