@@ -4,10 +4,11 @@
 //
 //   s, t = K [q r]   G = V dO^T                  queries along the lanes, as in the forward
 //   e = p (G - Gbar)   u = 1 + t_bar - t   A = p u   dS = u e - (Delta - Gbar) p   dT = -e
-//   dv += A^T dO   dk += dS^T q scale + e^T (-r)   dq += dS K   dr += e K
+//   dv += A^T dO   dk += scale dS^T q + e^T (-r)   dq += scale dS K   dr += e K
 //
-// The middle line is written transposed, [key, query], and the register-blocked product reads it
-// either way, so no tile is ever transposed. dq and dr stay in the block's sums, dk and dv are
+// The middle line is written transposed, [key, query], dS with its scale, and the register-blocked
+// product reads floats either way, so no tile is ever transposed; words of two bf16 are written
+// along both axes. dq and dr stay in the block's sums, dk and dv are
 // added to float rows of the whole sequence; a block's first tile is its last, so that the order of
 // every sum is the same however blocks and tiles are shared out among tasks.
 //
@@ -16,8 +17,9 @@
 // taken against keys centred at the mean k0 of the block's lowest tile, afterwards and for free, as
 // dq - (sum dS) k0 and dr - (sum e) k0.
 //
-// Scratch, in floats: q, -r, dO rows 3 x 96 x stride; panels [q r] and dO 3 x 96 x stride; K and V
-// tiles 2 x 96 x stride; A, dS, e 3 x 96 x 96; s, t, G of one pair of panels 3 x 96 x kPanel.
+// Scratch, in words: q, -r, dO rows 3 x 96 x stride; panels [q r] and dO 3 x 96 x stride; K and V
+// tiles 2 x 96 x stride; q, -r, dO and K folded 2 x 96 x stride; A, dS, e 3 x 96 x 96; s, t, G of
+// one pair of panels 3 x 96 x kPanel.
 #pragma once
 
 #include "cpu/forward_block.h"
@@ -32,34 +34,47 @@ struct RowTerms {
   float minus_gap[kBlockRows];  // Gbar - Delta = dO.(v_bar - o)
 };
 
-template <int kStride>
+template <class Words, int kStride>
 struct Backward {
+  static constexpr int kFold = Words::kFold;
   static constexpr int kQueries = kPanel;  // of one pair of panels: the columns of one G product
   static constexpr int kPanelFloats = kPanel * kStride;
+  static constexpr int kQueryWords = kBlockRows / kFold;
 
   struct Scratch {
-    float *q, *minus_r, *d_o;  // [kBlockRows, kStride]
-    float *qr, *d_o_panels;    // panels of kLanes and of kQueries queries
-    float *k, *v;              // [kBlockKeys, kStride]
-    float *a, *d_s, *e;        // [kBlockKeys, kBlockRows]
-    float *scores, *g;         // [2][kBlockKeys, kPanel] and [kBlockKeys, kQueries]
+    float *q, *minus_r, *d_o;  // rows of words along head_dim
+    float *k, *v;
+    float *q_folded, *minus_r_folded, *d_o_folded, *k_folded;  // words along the rows
+    float *qr, *d_o_panels;        // panels of kLanes and of kQueries queries
+    float *a, *d_s, *e;            // [kBlockKeys, kQueryWords], words along the queries
+    float *d_s_folded, *e_folded;  // [kBlockKeys / kFold, kBlockRows], words along the keys
+    float *scores, *g;             // [2][kBlockKeys, kPanel] and [kBlockKeys, kQueries]
 
     explicit Scratch(float* at) {
-      const auto take = [&at](int floats) {
+      const auto take = [&at](int words) {
         float* begin = at;
-        at += floats;
+        at += words;
         return begin;
+      };
+      const auto take_folded = [&](float* rows) {
+        return kFold == 1 ? rows : take(kBlockRows / kFold * kStride);
       };
       q = take(kBlockRows * kStride);
       minus_r = take(kBlockRows * kStride);
       d_o = take(kBlockRows * kStride);
-      qr = take(2 * kBlockRows * kStride);
-      d_o_panels = take(kBlockRows * kStride);
       k = take(kBlockKeys * kStride);
       v = take(kBlockKeys * kStride);
-      a = take(kBlockKeys * kBlockRows);
-      d_s = take(kBlockKeys * kBlockRows);
-      e = take(kBlockKeys * kBlockRows);
+      q_folded = take_folded(q);
+      minus_r_folded = take_folded(minus_r);
+      d_o_folded = take_folded(d_o);
+      k_folded = take_folded(k);
+      qr = take(2 * kBlockRows * kStride);
+      d_o_panels = take(kBlockRows * kStride);
+      a = take(kBlockKeys * kQueryWords);
+      d_s = take(kBlockKeys * kQueryWords);
+      e = take(kBlockKeys * kQueryWords);
+      d_s_folded = kFold == 1 ? d_s : take(kBlockKeys / kFold * kBlockRows);
+      e_folded = kFold == 1 ? e : take(kBlockKeys / kFold * kBlockRows);
       scores = take(2 * kBlockKeys * kPanel);
       g = take(kBlockKeys * kQueries);
     }
@@ -75,60 +90,70 @@ struct Backward {
     return sum;
   }
 
-  // Rows, panels and row terms. Rows that see no key are all zero. Of rows that see one key the dO
-  // panel and the terms made of it are zero: then e = dS = 0 and dq = dr = 0, exactly.
-  PARALLAX_INLINE void pack_rows(const BackwardBlock& block, const std::int32_t* lo,
+  // Gbar and Gbar - Delta of one row.
+  template <class E>
+  PARALLAX_INLINE void reduce_row(E element, const BackwardBlock& block, int i, RowTerms* terms) {
+    alignas(64) float d_o[kStride], v_bar[kStride], o[kStride];
+    read_row(element, block.d_o[i], block.head_dim, d_o);
+    read_row(element, block.v_bar[i], block.head_dim, v_bar);
+    read_row(element, block.o[i], block.head_dim, o);
+    for (int d = 0; d < block.head_dim; d += kLanes) store(o + d, load(v_bar + d) - load(o + d));
+    terms->gbar[i] = sum_of_products(d_o, v_bar, block.head_dim);
+    terms->minus_gap[i] = sum_of_products(d_o, o, block.head_dim);
+  }
+
+  // Rows and row terms. Rows that see no key are all zero. Of rows that see one key the terms made
+  // of dO are zero, and so is the row of dO in `panel_rows`: then e = dS = 0 and dq = dr = 0,
+  // exactly.
+  PARALLAX_INLINE void read_rows(const BackwardBlock& block, const std::int32_t* lo,
                                  const std::int32_t* hi, int num_rows, const Scratch& to,
-                                 RowTerms* terms) {
-    const int head_dim = block.head_dim;
-    float* o = to.k;  // the tiles' places serve for rows that are needed once
-    float* panel_rows = to.v;
+                                 float* panel_rows, RowTerms* terms) {
+    const int words = block.head_dim / kFold;
     with_element(block.dtype, [&](auto element) {
       for (int i = 0; i < num_rows; ++i) {
-        float *q = to.q + i * kStride, *minus_r = to.minus_r + i * kStride,
-              *d_o = to.d_o + i * kStride, *d_o_row = panel_rows + i * kStride;
+        const int at = i * kStride;
         terms->lse[i] = terms->u0[i] = terms->gbar[i] = terms->minus_gap[i] = 0.0f;
-        clear_row(d_o_row, head_dim);
+        clear_row(panel_rows + at, words);
         if (lo[i] >= hi[i]) {
-          clear_row(q, head_dim);
-          clear_row(minus_r, head_dim);
-          clear_row(d_o, head_dim);
+          clear_row(to.q + at, words);
+          clear_row(to.minus_r + at, words);
+          clear_row(to.d_o + at, words);
           continue;
         }
-        read_row(element, block.q[i], head_dim, block.scale, q);
-        read_row(element, block.r[i], head_dim, -1.0f, minus_r);
-        read_row(element, block.d_o[i], head_dim, 1.0f, d_o);
+        read_words<Words>(element, block.q[i], block.head_dim, to.q + at);
+        read_words<Words>(element, block.r[i], block.head_dim, to.minus_r + at);
+        read_words<Words>(element, block.d_o[i], block.head_dim, to.d_o + at);
         terms->lse[i] = block.lse[i] * kLog2e;
         terms->u0[i] = 1.0f + block.t_bar[i];
         if (hi[i] - lo[i] == 1) continue;
-        float *o_row = o, *v_bar = o + kStride;
-        read_row(element, block.o[i], head_dim, 1.0f, o_row);
-        read_row(element, block.v_bar[i], head_dim, 1.0f, v_bar);
-        for (int d = 0; d < head_dim; d += kLanes) {
-          store(o_row + d, load(v_bar + d) - load(o_row + d));
-          store(d_o_row + d, load(d_o + d));
-        }
-        terms->gbar[i] = sum_of_products(d_o, v_bar, head_dim);
-        terms->minus_gap[i] = sum_of_products(d_o, o_row, head_dim);
+        read_words<Words>(element, block.d_o[i], block.head_dim, panel_rows + at);
+        reduce_row(element, block, i, terms);
       }
     });
-    for (int i = 0; i < num_rows; i += kLanes) {
-      const int half = i / kLanes % 2 * kLanes;
-      transpose_into_panel<kStride>(panel_rows + i * kStride, head_dim,
-                                    to.d_o_panels + i / kQueries * kPanelFloats + half);
-    }
+  }
+
+  PARALLAX_INLINE void pack(const BackwardBlock& block, const std::int32_t* lo,
+                            const std::int32_t* hi, int num_rows, const Scratch& to,
+                            RowTerms* terms) {
+    const int words = block.head_dim / kFold;
+    float* panel_rows = to.v;  // no tile is there yet
+    read_rows(block, lo, hi, num_rows, to, panel_rows, terms);
     for (int i = 0; i < num_rows; i += kLanes) {
       float* panel = to.qr + i / kLanes * kPanelFloats;
-      for (int row = 0; row < kLanes; ++row) {
-        for (int d = 0; d < head_dim; d += kLanes) {
-          const int at = (i + row) * kStride + d;
-          store(panel_rows + row * kStride + d, load(to.q + at) * broadcast(kLog2e));
-          store(o + row * kStride + d, zero() - load(to.minus_r + at));
-        }
-      }
-      transpose_into_panel<kStride>(panel_rows, head_dim, panel);
-      transpose_into_panel<kStride>(o, head_dim, panel + kLanes);
+      transpose_into_panel<kStride>(to.q + i * kStride, words, panel);
+      transpose_into_panel<kStride>(to.minus_r + i * kStride, words, panel + kLanes);
+      const int half = i / kLanes % 2 * kLanes;
+      transpose_into_panel<kStride>(panel_rows + i * kStride, words,
+                                    to.d_o_panels + i / kQueries * kPanelFloats + half);
     }
+    // Until here the place of -r holds r.
+    for (int i = 0; i < num_rows; ++i) {
+      float* row = to.minus_r + i * kStride;
+      for (int d = 0; d < words; d += kLanes) store(row + d, Words::negate(load(row + d)));
+    }
+    fold_rows<Words, kStride>(to.q, num_rows, block.head_dim, to.q_folded);
+    fold_rows<Words, kStride>(to.minus_r, num_rows, block.head_dim, to.minus_r_folded);
+    fold_rows<Words, kStride>(to.d_o, num_rows, block.head_dim, to.d_o_folded);
   }
 
   // to [key, kPanel] = rows [key, stride] panel, for keys [begin, end), begin a multiple of kMr.
@@ -137,42 +162,51 @@ struct Backward {
     for (int j = begin; j < end; j += kMr) {
       Vec acc[kMr][2];
       clear(acc);
-      multiply<kStride, 1, kPanel>(acc, rows + j * kStride, panel, head_dim);
+      multiply<Words, kStride, 1, kPanel>(acc, rows + j * kStride, panel, head_dim / kFold);
       store_block(acc, to + j * kPanel, kPanel);
     }
   }
 
   // A, dS and e of kLanes queries from `first_query` on, for keys [begin, end) of the tile.
   template <bool kEdge>
-  PARALLAX_INLINE void differentiate(const Scratch& at, const RowTerms& terms, int first_query,
-                                     const std::int32_t* lo, const std::int32_t* hi,
-                                     std::int64_t first_key, int begin, int end,
-                                     const BackwardSums& sums) {
+  PARALLAX_INLINE void differentiate(const Scratch& at, const RowTerms& terms, float scale_of_s,
+                                     int first_query, const std::int32_t* lo,
+                                     const std::int32_t* hi, std::int64_t first_key, int begin,
+                                     int end, const BackwardSums& sums) {
     const int i = first_query;
     const int half = i / kLanes % 2;
     const float* s = at.scores + half * kBlockKeys * kPanel + begin * kPanel;
     const float* g = at.g + begin * kQueries + half * kLanes;
-    const Vec lse = load(terms.lse + i), u0 = load(terms.u0 + i), gbar = load(terms.gbar + i),
-              minus_gap = load(terms.minus_gap + i);
+    const Vec scale = broadcast(scale_of_s), log2_scale = broadcast(scale_of_s * kLog2e);
+    const Vec minus_lse = zero() - load(terms.lse + i), u0 = load(terms.u0 + i),
+              gbar = load(terms.gbar + i), minus_gap = load(terms.minus_gap + i) * scale;
     const IntVec low = load_int(lo + i), high = load_int(hi + i);
     Vec sum_ds = load(sums.sum_ds + i), sum_e = load(sums.sum_e + i);
-    for (int j = begin; j < end; ++j, s += kPanel, g += kQueries) {
-      Vec p = exp2(load(s) - lse);
-      Vec t = load(s + kLanes), grad = load(g);
-      if constexpr (kEdge) {
-        const Mask visible = within(low, high, static_cast<std::int32_t>(first_key + j));
-        p = select(visible, p, zero());
-        t = select(visible, t, zero());
-        grad = select(visible, grad, zero());
+    for (int j = begin; j < end; j += kFold) {
+      Vec d_s[kFold], e[kFold];
+      for (int f = 0; f < kFold; ++f, s += kPanel, g += kQueries) {
+        Vec p = exp2(fma(load(s), log2_scale, minus_lse));
+        Vec t = load(s + kLanes), grad = load(g);
+        if constexpr (kEdge) {
+          const Mask visible = within(low, high, static_cast<std::int32_t>(first_key + j + f));
+          p = select(visible, p, zero());
+          t = select(visible, t, zero());
+          grad = select(visible, grad, zero());
+        }
+        const Vec u = u0 - t;
+        e[f] = p * (grad - gbar);
+        d_s[f] = fma(u * scale, e[f], p * minus_gap);
+        const int to = (j + f) * kQueryWords + i / kFold;
+        Words::store_steps(at.a + to, p * u);
+        Words::store_steps(at.d_s + to, d_s[f]);
+        Words::store_steps(at.e + to, e[f]);
+        sum_ds = sum_ds + Words::round(d_s[f]);
+        sum_e = sum_e + Words::round(e[f]);
       }
-      const Vec e = p * (grad - gbar);
-      const Vec u = u0 - t;
-      const Vec d_s = fma(u, e, p * minus_gap);
-      store(at.a + j * kBlockRows + i, p * u);
-      store(at.d_s + j * kBlockRows + i, d_s);
-      store(at.e + j * kBlockRows + i, e);
-      sum_ds = sum_ds + d_s;
-      sum_e = sum_e + e;
+      if constexpr (kFold > 1) {
+        store(at.d_s_folded + j / kFold * kBlockRows + i, Words::pack(d_s));
+        store(at.e_folded + j / kFold * kBlockRows + i, Words::pack(e));
+      }
     }
     store(sums.sum_ds + i, sum_ds);
     store(sums.sum_e + i, sum_e);
@@ -180,23 +214,33 @@ struct Backward {
 
   PARALLAX_INLINE void clear_queries(const Scratch& at, int first_query, int begin, int end) {
     for (int j = begin; j < end; ++j) {
-      for (int i = first_query; i < first_query + kQueries; i += kLanes) {
-        store(at.a + j * kBlockRows + i, zero());
-        store(at.d_s + j * kBlockRows + i, zero());
-        store(at.e + j * kBlockRows + i, zero());
+      const int to = j * kQueryWords + first_query / kFold;
+      for (int i = 0; i < kQueries / kFold; i += kLanes) {
+        store(at.a + to + i, zero());
+        store(at.d_s + to + i, zero());
+        store(at.e + to + i, zero());
+      }
+    }
+    if constexpr (kFold > 1) {
+      for (int j = begin / kFold; j < end / kFold; ++j) {
+        for (int i = first_query; i < first_query + kQueries; i += kLanes) {
+          store(at.d_s_folded + j * kBlockRows + i, zero());
+          store(at.e_folded + j * kBlockRows + i, zero());
+        }
       }
     }
   }
 
   // A, dS and e of kQueries queries over a whole tile, zeros where nothing is visible.
-  PARALLAX_INLINE bool differentiate_pair(const BackwardBlock& block, const Scratch& at,
+  PARALLAX_INLINE void differentiate_pair(const BackwardBlock& block, const Scratch& at,
                                           const RowTerms& terms, int first_query,
                                           const std::int32_t* lo, const std::int32_t* hi,
                                           std::int64_t first_key) {
-    const TileRange range = tile_range(lo + first_query, hi + first_query, kQueries, first_key);
+    const TileRange range =
+        tile_range<kFold>(lo + first_query, hi + first_query, kQueries, first_key);
     if (range.begin == range.end) {
       clear_queries(at, first_query, 0, kBlockKeys);
-      return false;
+      return;
     }
     const int begin = range.begin / kMr * kMr;
     for (int half = 0; half < 2; ++half) {
@@ -208,44 +252,47 @@ struct Backward {
                    begin, range.end, at.g);
     for (int i = first_query; i < first_query + kQueries; i += kLanes) {
       if (range.edge) {
-        differentiate<true>(at, terms, i, lo, hi, first_key, range.begin, range.end, block.sums);
+        differentiate<true>(at, terms, block.scale, i, lo, hi, first_key, range.begin, range.end,
+                            block.sums);
       } else {
-        differentiate<false>(at, terms, i, lo, hi, first_key, range.begin, range.end, block.sums);
+        differentiate<false>(at, terms, block.scale, i, lo, hi, first_key, range.begin, range.end,
+                             block.sums);
       }
     }
     clear_queries(at, first_query, 0, range.begin);
     clear_queries(at, first_query, range.end, kBlockKeys);
-    return true;
   }
 
   template <int kNv>
   PARALLAX_INLINE void add_to_keys(const Scratch& at, int j, int d, int begin, int end, float* dk,
                                    float* dv) {
-    const int x = j * kBlockRows + begin, y = begin * kStride + d, depth = end - begin;
+    const int x = j * kQueryWords + begin / kFold, y = begin / kFold * kStride + d;
+    const int depth = (end - begin) / kFold;
     Vec acc[kMr][kNv];
     load_block(acc, dv + d, kStride);
-    multiply<kBlockRows, 1, kStride>(acc, at.a + x, at.d_o + y, depth);
+    multiply<Words, kQueryWords, 1, kStride>(acc, at.a + x, at.d_o_folded + y, depth);
     store_block(acc, dv + d, kStride);
     load_block(acc, dk + d, kStride);
-    multiply<kBlockRows, 1, kStride>(acc, at.d_s + x, at.q + y, depth);
-    multiply<kBlockRows, 1, kStride>(acc, at.e + x, at.minus_r + y, depth);
+    multiply<Words, kQueryWords, 1, kStride>(acc, at.d_s + x, at.q_folded + y, depth);
+    multiply<Words, kQueryWords, 1, kStride>(acc, at.e + x, at.minus_r_folded + y, depth);
     store_block(acc, dk + d, kStride);
   }
 
   template <int kNv>
   PARALLAX_INLINE void add_to_queries(const Scratch& at, int i, int d, int begin, int end,
                                       float* dq, float* dr) {
-    const int x = begin * kBlockRows + i, y = begin * kStride + d, depth = end - begin;
+    const int x = begin / kFold * kBlockRows + i, y = begin / kFold * kStride + d;
+    const int depth = (end - begin) / kFold;
     Vec acc[kMr][kNv];
     load_block(acc, dq + d, kStride);
-    multiply<1, kBlockRows, kStride>(acc, at.d_s + x, at.k + y, depth);
+    multiply<Words, 1, kBlockRows, kStride>(acc, at.d_s_folded + x, at.k_folded + y, depth);
     store_block(acc, dq + d, kStride);
     load_block(acc, dr + d, kStride);
-    multiply<1, kBlockRows, kStride>(acc, at.e + x, at.k + y, depth);
+    multiply<Words, 1, kBlockRows, kStride>(acc, at.e_folded + x, at.k_folded + y, depth);
     store_block(acc, dr + d, kStride);
   }
 
-  // The queries of [0, num_rows) that see some key of [begin, end), as far as zeros reach.
+  // The queries of [0, num_rows) that see some key of [begin, end), in whole words.
   PARALLAX_INLINE TileRange visible_queries(const std::int32_t* lo, const std::int32_t* hi,
                                             int num_rows, std::int64_t begin, std::int64_t end) {
     int first = 0, last = num_rows;
@@ -255,7 +302,7 @@ struct Backward {
            !(lo[last - 1] < hi[last - 1] && hi[last - 1] > begin && lo[last - 1] < end)) {
       --last;
     }
-    return {first, last, false};
+    return {first / kFold * kFold, (last + kFold - 1) / kFold * kFold, false};
   }
 
   PARALLAX_INLINE void multiply_tile(const BackwardBlock& block, const Scratch& at,
@@ -268,7 +315,7 @@ struct Backward {
       queries[j / kMr] = visible_queries(lo, hi, num_rows, first_key + j, first_key + j + kMr);
     }
     for (int i = 0; i < num_rows; i += kMr) {
-      keys[i / kMr] = tile_range(lo + i, hi + i, kMr, first_key);
+      keys[i / kMr] = tile_range<kFold>(lo + i, hi + i, kMr, first_key);
     }
     float* dk = block.dk + first_key * kStride;
     float* dv = block.dv + first_key * kStride;
@@ -296,23 +343,31 @@ struct Backward {
     }
   }
 
-  // dq = scale (sum dS k - (sum dS) k0), dr = -(sum e k - (sum e) k0), k0 the mean of the keys
-  // [begin, end) of the tile at hand.
-  PARALLAX_INLINE void finish(const BackwardBlock& block, const Scratch& at, int begin, int end) {
-    float* k0 = at.v;
-    const Vec share = broadcast(begin < end ? 1.0f / static_cast<float>(end - begin) : 0.0f);
-    for (int d = 0; d < block.head_dim; d += kLanes) {
-      Vec total = zero();
-      for (int j = begin; j < end; ++j) total = total + load(at.k + j * kStride + d);
-      store(k0 + d, total * share);
-    }
-    const Vec scale = broadcast(block.scale);
+  // The mean of keys [begin, end).
+  PARALLAX_INLINE void mean_key(const BackwardBlock& block, std::int64_t begin, std::int64_t end,
+                                float* mean) {
+    alignas(64) float row[kStride];
+    clear_row(mean, block.head_dim);
+    if (begin >= end) return;
+    const Vec share = broadcast(1.0f / static_cast<float>(end - begin));
+    with_element(block.dtype, [&](auto element) {
+      for (std::int64_t j = begin; j < end; ++j) {
+        read_row(element, block.k.row(j), block.head_dim, row);
+        for (int d = 0; d < block.head_dim; d += kLanes) {
+          store(mean + d, fma(load(row + d), share, load(mean + d)));
+        }
+      }
+    });
+  }
+
+  // dq = sum dS k - (sum dS) k0, dr = -(sum e k - (sum e) k0).
+  PARALLAX_INLINE void finish(const BackwardBlock& block, const float* k0) {
     with_element(block.dtype, [&](auto element) {
       for (int i = 0; i < block.rows; ++i) {
         float *dq = block.sums.dq + i * kStride, *dr = block.sums.dr + i * kStride;
         const Vec sum_ds = broadcast(block.sums.sum_ds[i]), sum_e = broadcast(block.sums.sum_e[i]);
         for (int d = 0; d < block.head_dim; d += kLanes) {
-          store(dq + d, scale * (load(dq + d) - sum_ds * load(k0 + d)));
+          store(dq + d, load(dq + d) - sum_ds * load(k0 + d));
           store(dr + d, sum_e * load(k0 + d) - load(dr + d));
         }
         write_row(element, dq, block.head_dim, block.dq[i]);
@@ -345,36 +400,39 @@ struct Backward {
       if (hi[i] > last) last = hi[i];
     }
     const int num_rows = (block.rows + kQueries - 1) / kQueries * kQueries;
-    pack_rows(block, lo, hi, num_rows, at, &terms);
+    pack(block, lo, hi, num_rows, at, &terms);
     if (block.first) clear_sums(block.sums);
-    int k0_begin = 0, k0_end = 0;
     for (std::int64_t tile = block.tile_end - 1; tile >= block.tile_begin; --tile) {
       const std::int64_t key = tile * kBlockKeys;
       if (key >= last || key + kBlockKeys <= first) continue;
-      read_tile<kStride>(block.dtype, block.k, block.head_dim, key, first, last, at.k);
-      read_tile<kStride>(block.dtype, block.v, block.head_dim, key, first, last, at.v);
-      k0_begin = first > key ? static_cast<int>(first - key) : 0;
-      k0_end = last - key < kBlockKeys ? static_cast<int>(last - key) : kBlockKeys;
-      bool any = false;
+      read_tile<Words, kStride>(block.dtype, block.k, block.head_dim, key, first, last, at.k);
+      read_tile<Words, kStride>(block.dtype, block.v, block.head_dim, key, first, last, at.v);
+      fold_rows<Words, kStride>(at.k, kBlockKeys, block.head_dim, at.k_folded);
       for (int i = 0; i < num_rows; i += kQueries) {
-        any |= differentiate_pair(block, at, terms, i, lo, hi, key);
+        differentiate_pair(block, at, terms, i, lo, hi, key);
       }
-      if (any) multiply_tile(block, at, lo, hi, num_rows, tile);
+      multiply_tile(block, at, lo, hi, num_rows, tile);
     }
-    if (block.last) finish(block, at, k0_begin, k0_end);
+    if (block.last) {
+      alignas(64) float k0[kStride];
+      const std::int64_t tile_end = (first / kBlockKeys + 1) * kBlockKeys;
+      mean_key(block, first, last < tile_end ? last : tile_end, k0);
+      finish(block, k0);
+    }
   }
 };
 
+template <class Words>
 static void backward_block(const BackwardBlock& block, float* scratch) {
   switch (row_stride(block.head_dim)) {
     case row_stride(32):
-      return Backward<row_stride(32)>::run(block, scratch);
+      return Backward<Words, row_stride(32)>::run(block, scratch);
     case row_stride(64):
-      return Backward<row_stride(64)>::run(block, scratch);
+      return Backward<Words, row_stride(64)>::run(block, scratch);
     case row_stride(128):
-      return Backward<row_stride(128)>::run(block, scratch);
+      return Backward<Words, row_stride(128)>::run(block, scratch);
     default:
-      return Backward<row_stride(256)>::run(block, scratch);
+      return Backward<Words, row_stride(256)>::run(block, scratch);
   }
 }
 

@@ -6,8 +6,8 @@
 // first half of each row and t in the second half, lane by lane. Softmax then runs down the rows
 // without a shuffle, p and p t overwrite s and t, and one product with V accumulates o1 and o2.
 //
-// Scratch, in floats: panels 2 x 96 x stride, o1 and o2 2 x 96 x stride, K and V tiles
-// 96 x stride each, s and t of one panel 96 x kPanel, state 4 x 96.
+// Scratch, in words: panels 2 x 96 x stride, o1 and o2 2 x 96 x stride, K and V tiles and V folded
+// 96 x stride each, s and t of one panel 96 x kPanel.
 #pragma once
 
 #include <math.h>
@@ -24,13 +24,14 @@ struct PanelState {
   float m[kLanes], d1[kLanes], d2[kLanes], c[kLanes];
 };
 
-// Keys of a tile that concern a panel: rows [begin, end) of the tile; `edge`: some lane does not
-// see all of them.
+// Keys of a tile that concern a panel: rows [begin, end) of the tile, both multiples of kFold;
+// `edge`: some lane does not see all of them.
 struct TileRange {
   int begin, end;
   bool edge;
 };
 
+template <int kFold>
 PARALLAX_INLINE TileRange tile_range(const std::int32_t* lo, const std::int32_t* hi, int lanes,
                                      std::int64_t first_key) {
   std::int64_t min_lo = INT32_MAX, max_lo = 0, min_hi = INT32_MAX, max_hi = 0;
@@ -40,27 +41,34 @@ PARALLAX_INLINE TileRange tile_range(const std::int32_t* lo, const std::int32_t*
     if (hi[i] < min_hi) min_hi = hi[i];
     if (hi[i] > max_hi) max_hi = hi[i];
   }
-  const std::int64_t begin = min_lo < first_key ? 0 : min_lo - first_key;
-  const std::int64_t end = max_hi - first_key < kBlockKeys ? max_hi - first_key : kBlockKeys;
+  std::int64_t begin = min_lo < first_key ? 0 : min_lo - first_key;
+  std::int64_t end = max_hi - first_key < kBlockKeys ? max_hi - first_key : kBlockKeys;
   if (begin >= end) return {0, 0, false};
+  begin = begin / kFold * kFold;
+  end = (end + kFold - 1) / kFold * kFold;
   const bool edge = max_lo > first_key + begin || min_hi < first_key + end;
   return {static_cast<int>(begin), static_cast<int>(end), edge};
 }
 
-template <int kStride>
+template <class Words, int kStride>
 struct Forward {
-  // s and t of the keys [begin, end) of a tile, begin a multiple of kMr: scores [key, kPanel].
-  // Returns the largest s of each lane.
-  PARALLAX_INLINE Vec multiply_scores(const float* k, const float* panel, int head_dim, int begin,
-                                      int end, float* scores) {
+  static constexpr int kFold = Words::kFold;
+
+  // s (in base-2 units) and t of the keys [begin, end) of a tile, begin a multiple of kMr: scores
+  // [key, kPanel]. Returns the largest s of each lane.
+  PARALLAX_INLINE Vec multiply_scores(const float* k, const float* panel, int head_dim, Vec scale,
+                                      int begin, int end, float* scores) {
     Vec largest = broadcast(-INFINITY);
     for (int j = begin; j < end; j += kMr) {
       Vec acc[kMr][2];
       clear(acc);
-      multiply<kStride, 1, kPanel>(acc, k + j * kStride, panel, head_dim);
-      store_block(acc, scores + j * kPanel, kPanel);
+      multiply<Words, kStride, 1, kPanel>(acc, k + j * kStride, panel, head_dim / kFold);
 #pragma GCC unroll 16
-      for (int i = 0; i < kMr; ++i) largest = max(largest, acc[i][0]);
+      for (int i = 0; i < kMr; ++i) {
+        acc[i][0] = acc[i][0] * scale;
+        largest = max(largest, acc[i][0]);
+      }
+      store_block(acc, scores + j * kPanel, kPanel);
     }
     return largest;
   }
@@ -102,7 +110,8 @@ struct Forward {
     }
   }
 
-  // s, t become p, p t; the state moves on. Returns the factors that o1 and o2 shrink by.
+  // s, t become p, p t as words along the keys: row begin / kFold on. The state moves on. Returns
+  // the factors that o1 and o2 shrink by.
   PARALLAX_INLINE Vec softmax(TileRange range, Vec largest, float* scores, PanelState* state) {
     const Vec m = load(state->m);
     const Vec m_next = max(m, largest);
@@ -110,14 +119,18 @@ struct Forward {
     const Vec shrink = exp2(m - reference);
     const Vec c = load(state->c);
     Vec d1 = load(state->d1) * shrink, d2 = load(state->d2) * shrink;
-    for (int j = range.begin; j < range.end; ++j) {
-      float* s = scores + j * kPanel;
-      const Vec p = exp2(load(s) - reference);
-      const Vec pt = p * (load(s + kLanes) - c);
-      d1 = d1 + p;
-      d2 = d2 + pt;
-      store(s, p);
-      store(s + kLanes, pt);
+    for (int j = range.begin; j < range.end; j += kFold) {
+      Vec p[kFold], pt[kFold];
+      for (int f = 0; f < kFold; ++f) {
+        const float* s = scores + (j + f) * kPanel;
+        p[f] = exp2(load(s) - reference);
+        pt[f] = p[f] * (load(s + kLanes) - c);
+        d1 = d1 + p[f];
+        d2 = d2 + pt[f];
+      }
+      float* to = scores + j / kFold * kPanel;
+      store(to, Words::pack(p));
+      store(to + kLanes, Words::pack(pt));
     }
     store(state->m, m_next);
     store(state->d1, d1);
@@ -144,16 +157,16 @@ struct Forward {
     } else {
       load_block(acc, o, kStride);
     }
-    multiply<1, kPanel, kStride>(acc, p, v, depth);
+    multiply<Words, 1, kPanel, kStride>(acc, p, v, depth);
     store_block(acc, o, kStride);
   }
 
   // o1, o2 [kPanel, stride] += [p, p t]^T V over the keys of the range.
   PARALLAX_INLINE void multiply_values(TileRange range, const float* scores, const float* v,
                                        int head_dim, bool fresh, float* o) {
-    const float* p = scores + range.begin * kPanel;
-    const float* rows = v + range.begin * kStride;
-    const int depth = range.end - range.begin;
+    const float* p = scores + range.begin / kFold * kPanel;
+    const float* rows = v + range.begin / kFold * kStride;
+    const int depth = (range.end - range.begin) / kFold;
     for (int d = 0; d < head_dim; d += kPanel) {
       const bool whole = d + kLanes < head_dim;
       int i = 0;
@@ -179,13 +192,12 @@ struct Forward {
     with_element(block.dtype, [&](auto element) {
       for (int half = 0; half < 2; ++half) {
         const void* const* from = half == 0 ? block.q : block.r;
-        const float factor = half == 0 ? block.scale * kLog2e : 1.0f;
         for (int i = 0; i < kLanes; ++i) {
           // Lanes beyond the block repeat its last row; nothing of them is written.
           const int row = first_row + i < block.rows ? first_row + i : block.rows - 1;
-          read_row(element, from[row], block.head_dim, factor, rows + i * kStride);
+          read_words<Words>(element, from[row], block.head_dim, rows + i * kStride);
         }
-        transpose_into_panel<kStride>(rows, block.head_dim, panel + half * kLanes);
+        transpose_into_panel<kStride>(rows, block.head_dim / kFold, panel + half * kLanes);
       }
     });
   }
@@ -229,7 +241,9 @@ struct Forward {
     float* o = panels + kPanels * kPanelFloats;
     float* k = o + kPanels * kPanelFloats;
     float* v = k + kBlockKeys * kStride;
-    float* scores = v + kBlockKeys * kStride;
+    float* folded = v + kBlockKeys * kStride;
+    float* scores = folded + kBlockKeys * kStride;
+    const Vec scale = broadcast(block.scale * kLog2e);
     PanelState state[kPanels];
     bool fresh[kPanels];
     std::int32_t lo[kBlockRows], hi[kBlockRows];
@@ -254,16 +268,17 @@ struct Forward {
       }
     }
     for (std::int64_t key = first / kBlockKeys * kBlockKeys; key < last; key += kBlockKeys) {
-      read_tile<kStride>(block.dtype, block.k, block.head_dim, key, first, last, k);
-      read_tile<kStride>(block.dtype, block.v, block.head_dim, key, first, last, v);
+      read_tile<Words, kStride>(block.dtype, block.k, block.head_dim, key, first, last, k);
+      read_tile<Words, kStride>(block.dtype, block.v, block.head_dim, key, first, last, v);
+      const float* values = fold_rows<Words, kStride>(v, kBlockKeys, block.head_dim, folded);
       for (int g = 0; g < num_panels; ++g) {
         const std::int32_t* low = lo + g * kLanes;
         const std::int32_t* high = hi + g * kLanes;
-        TileRange range = tile_range(low, high, kLanes, key);
+        const TileRange range = tile_range<kFold>(low, high, kLanes, key);
         if (range.begin == range.end) continue;
         const int begin = range.begin / kMr * kMr;
-        Vec largest =
-            multiply_scores(k, panels + g * kPanelFloats, block.head_dim, begin, range.end, scores);
+        Vec largest = multiply_scores(k, panels + g * kPanelFloats, block.head_dim, scale, begin,
+                                      range.end, scores);
         if (range.edge || begin != range.begin || range.end % kMr != 0) {
           largest = apply_mask(low, high, key, range.begin, range.end, scores);
         }
@@ -271,7 +286,7 @@ struct Forward {
         const Vec shrink = softmax(range, largest, scores, &state[g]);
         float* sums = o + g * kPanelFloats;
         if (!fresh[g]) rescale(shrink, block.head_dim, sums);
-        multiply_values(range, scores, v, block.head_dim, fresh[g], sums);
+        multiply_values(range, scores, values, block.head_dim, fresh[g], sums);
         fresh[g] = false;
       }
     }
@@ -281,16 +296,17 @@ struct Forward {
   }
 };
 
+template <class Words>
 static void forward_block(const ForwardBlock& block, float* scratch) {
   switch (row_stride(block.head_dim)) {
     case row_stride(32):
-      return Forward<row_stride(32)>::run(block, scratch);
+      return Forward<Words, row_stride(32)>::run(block, scratch);
     case row_stride(64):
-      return Forward<row_stride(64)>::run(block, scratch);
+      return Forward<Words, row_stride(64)>::run(block, scratch);
     case row_stride(128):
-      return Forward<row_stride(128)>::run(block, scratch);
+      return Forward<Words, row_stride(128)>::run(block, scratch);
     default:
-      return Forward<row_stride(256)>::run(block, scratch);
+      return Forward<Words, row_stride(256)>::run(block, scratch);
   }
 }
 

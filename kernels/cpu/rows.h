@@ -38,18 +38,17 @@ PARALLAX_INLINE void with_element(DType dtype, F f) {
 
 constexpr int padded(int head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
 
-// One row times `factor`, as floats, zeros up to a whole vector.
+// One row as floats, zeros up to a whole vector.
 template <class E>
-PARALLAX_INLINE void read_row(E, const void* from, int head_dim, float factor, float* to) {
-  const Vec scale = broadcast(factor);
+PARALLAX_INLINE void read_row(E, const void* from, int head_dim, float* to) {
   int d = 0;
   for (; d + kLanes <= head_dim; d += kLanes) {
-    store(to + d, load_elements<E::kValue>(from, d) * scale);
+    store(to + d, load_elements<E::kValue>(from, d));
   }
   if (d < head_dim) {
     alignas(64) char rest[kLanes * E::kBytes] = {};
     std::memcpy(rest, static_cast<const char*>(from) + d * E::kBytes, (head_dim - d) * E::kBytes);
-    store(to + d, load_elements<E::kValue>(rest, 0) * scale);
+    store(to + d, load_elements<E::kValue>(rest, 0));
   }
 }
 
@@ -68,26 +67,59 @@ PARALLAX_INLINE void clear_row(float* to, int head_dim) {
   for (int d = 0; d < padded(head_dim); d += kLanes) store(to + d, zero());
 }
 
-// Tokens [first, first + kBlockKeys) as rows of kStride floats; tokens outside [lo, hi) are not
-// read, and zero.
-template <int kStride>
+// One row as words along head_dim, zeros up to a whole vector.
+template <class Words, class E>
+PARALLAX_INLINE void read_words(E element, const void* from, int head_dim, float* to) {
+  if constexpr (Words::kFold == 1) {
+    read_row(element, from, head_dim, to);
+  } else {
+    clear_row(to, head_dim / Words::kFold);
+    std::memcpy(to, from, head_dim * E::kBytes);
+  }
+}
+
+// Tokens [first, first + kBlockKeys) as rows of words; tokens outside [lo, hi) are not read, and
+// zero.
+template <class Words, int kStride>
 PARALLAX_INLINE void read_tile(DType dtype, const TokenRows& tokens, int head_dim,
                                std::int64_t first, std::int64_t lo, std::int64_t hi, float* to) {
   with_element(dtype, [&](auto element) {
     for (int j = 0; j < kBlockKeys; ++j, to += kStride) {
       if (first + j >= lo && first + j < hi) {
-        read_row(element, tokens.row(first + j), head_dim, 1.0f, to);
+        read_words<Words>(element, tokens.row(first + j), head_dim, to);
       } else {
-        clear_row(to, head_dim);
+        clear_row(to, head_dim / Words::kFold);
       }
     }
   });
 }
 
-// Writes kLanes rows of kStride floats as kLanes columns of a panel [head_dim, kPanel].
+// Rows of words along head_dim, n of them, as words along the rows: [n / kFold, head_dim]. Floats
+// are both: the rows themselves are returned, and `to` stays as it was.
+template <class Words, int kStride>
+PARALLAX_INLINE float* fold_rows(float* rows, [[maybe_unused]] int n, [[maybe_unused]] int head_dim,
+                                 [[maybe_unused]] float* to) {
+  if constexpr (Words::kFold == 1) {
+    return rows;
+  } else {
+    for (int j = 0; j < n; j += 2) {
+      const float *a = rows + j * kStride, *b = a + kStride;
+      float* folded = to + j / 2 * kStride;
+      for (int d = 0; d < head_dim; d += 2 * kLanes) {
+        Vec low, high;
+        Words::interleave(load(a + d / 2), load(b + d / 2), &low, &high);
+        store(folded + d, low);
+        if (d + kLanes < head_dim) store(folded + d + kLanes, high);
+      }
+    }
+    return to;
+  }
+}
+
+// Writes kLanes rows of `words` words as kLanes columns of a panel [words, kPanel].
 template <int kStride>
-PARALLAX_INLINE void transpose_into_panel(const float* rows, int head_dim, float* panel) {
-  for (int d = 0; d < padded(head_dim); d += kLanes) {
+PARALLAX_INLINE void transpose_into_panel(const float* rows, int words, float* panel) {
+  for (int d = 0; d < padded(words); d += kLanes) {
     Vec square[kLanes];
     for (int i = 0; i < kLanes; ++i) square[i] = load(rows + i * kStride + d);
     transpose(square);

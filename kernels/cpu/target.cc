@@ -8,6 +8,7 @@ Targets supported_targets() {
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    if (__builtin_cpu_supports("avx512bf16")) targets.list[targets.size++] = &kAvx512Bf16Target;
     targets.list[targets.size++] = &kAvx512Target;
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

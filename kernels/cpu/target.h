@@ -48,7 +48,7 @@ struct ForwardBlock {
 };
 
 // The float sums of a backward block that outlive a call: dq and dr [kBlockRows, row_stride] and
-// the row sums of dS and e = -dT.
+// the row sums of dS and e = -dT, dS times its scale.
 struct BackwardSums {
   float *dq, *dr, *sum_ds, *sum_e;
 };
@@ -79,10 +79,10 @@ constexpr int row_stride(std::int64_t head_dim) {
 
 // Floats of scratch for one block.
 constexpr std::size_t forward_scratch(std::int64_t head_dim) {
-  return std::size_t{6} * kBlockRows * row_stride(head_dim) + 40 * kBlockRows;
+  return std::size_t{7} * kBlockRows * row_stride(head_dim) + 32 * kBlockKeys;
 }
 constexpr std::size_t backward_scratch(std::int64_t head_dim) {
-  return std::size_t{8} * kBlockRows * row_stride(head_dim) +
+  return std::size_t{10} * kBlockRows * row_stride(head_dim) +
          std::size_t{4} * kBlockRows * kBlockKeys + 8 * kBlockRows;
 }
 
@@ -98,11 +98,12 @@ extern const Target kPlainTarget;
 #if defined(__x86_64__)
 extern const Target kAvx2Target;
 extern const Target kAvx512Target;
+extern const Target kAvx512Bf16Target;  // bf16 through the processor's bf16 dot products
 #endif
 
 // Every target that this processor can run, the best first.
 struct Targets {
-  const Target* list[3];
+  const Target* list[4];
   int size;
 };
 Targets supported_targets();

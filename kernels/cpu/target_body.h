@@ -19,8 +19,8 @@ static void write_float_row(DType dtype, const float* from, int head_dim, void* 
 
 const Target PARALLAX_TARGET_TABLE = {
     .name = PARALLAX_NAME(PARALLAX_TARGET),
-    .forward = PARALLAX_TARGET::forward_block,
-    .backward = PARALLAX_TARGET::backward_block,
+    .forward = PARALLAX_TARGET::forward_block<PARALLAX_TARGET::FloatWords>,
+    .backward = PARALLAX_TARGET::backward_block<PARALLAX_TARGET::FloatWords>,
     .write_row = PARALLAX_TARGET::write_float_row,
 };
 
