@@ -2,10 +2,21 @@
 // Stands for kernels/cuda/backward_plan.cc in a build without it.
 #include "cuda/plan.h"
 
-namespace parallax::cuda {
+namespace parallax {
+namespace {
 
-Status plan_backward(const AttentionProblem&, const Device&, BackwardPlan*) {
+Status no_kernel() {
   return Status::unsupported("device: this build has no CUDA kernel for backward; use the CPU");
 }
 
-}  // namespace parallax::cuda
+}  // namespace
+
+namespace cuda {
+
+Status plan_backward(const AttentionProblem&, const Device&, BackwardPlan*) { return no_kernel(); }
+
+}  // namespace cuda
+
+Status run(const BackwardPlan&, const BackwardArgs&, void*, Stream) { return no_kernel(); }
+
+}  // namespace parallax

@@ -2,10 +2,21 @@
 // Stands for kernels/cuda/decode_plan.cc in a build without it.
 #include "cuda/plan.h"
 
-namespace parallax::cuda {
+namespace parallax {
+namespace {
 
-Status plan_decode(const AttentionProblem&, const Device&, DecodePlan*) {
+Status no_kernel() {
   return Status::unsupported("device: this build has no CUDA kernel for decode; use the CPU");
 }
 
-}  // namespace parallax::cuda
+}  // namespace
+
+namespace cuda {
+
+Status plan_decode(const AttentionProblem&, const Device&, DecodePlan*) { return no_kernel(); }
+
+}  // namespace cuda
+
+Status run(const DecodePlan&, const DecodeArgs&, void*, Stream) { return no_kernel(); }
+
+}  // namespace parallax

@@ -2,10 +2,21 @@
 // Stands for kernels/cuda/forward_plan.cc in a build without it.
 #include "cuda/plan.h"
 
-namespace parallax::cuda {
+namespace parallax {
+namespace {
 
-Status plan_forward(const AttentionProblem&, const Device&, ForwardPlan*) {
+Status no_kernel() {
   return Status::unsupported("device: this build has no CUDA kernel for forward; use the CPU");
 }
 
-}  // namespace parallax::cuda
+}  // namespace
+
+namespace cuda {
+
+Status plan_forward(const AttentionProblem&, const Device&, ForwardPlan*) { return no_kernel(); }
+
+}  // namespace cuda
+
+Status run(const ForwardPlan&, const ForwardArgs&, void*, Stream) { return no_kernel(); }
+
+}  // namespace parallax
