@@ -24,7 +24,8 @@ class Tokenizer {
   // The bytes of a token; the end of a document has none. Throws Error for an id that is none.
   virtual std::string_view token_bytes(std::int32_t token) const = 0;
 
-  virtual std::int32_t vocab_size() const = 0;  // one more than the largest id
+  virtual std::int32_t vocab_size() const = 0;           // one more than the largest id
+  virtual bool has_token(std::int32_t token) const = 0;  // ids may have gaps
   virtual std::int32_t end_of_document() const = 0;
 
   // "bytes", or "bpe" with the text of its tokenizer.json as definition(); bytes has none.

@@ -1,0 +1,10 @@
+# parallax_formats: everything of this room that turns bytes from outside into values, without torch,
+# so that it builds, is fuzzed and runs under sanitizers in seconds.
+set(formats bpe.cc checksum.cc config.cc corpus.cc dataset.cc files.cc metrics.cc run_state.cc
+    safetensors.cc sealed_json.cc shard.cc tensorboard.cc text_split.cc tokenizer.cc utf8.cc)
+list(TRANSFORM formats PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+find_package(PkgConfig REQUIRED)
+pkg_check_modules(tokenizer_libraries REQUIRED IMPORTED_TARGET libpcre2-8 libutf8proc)
+add_library(parallax_formats STATIC ${formats})
+target_include_directories(parallax_formats PUBLIC ${CMAKE_SOURCE_DIR})
+target_link_libraries(parallax_formats PUBLIC PkgConfig::tokenizer_libraries)
