@@ -12,5 +12,7 @@ class App;
 namespace parallax::cli {
 
 void add_model(CLI::App& app);
+void add_tokenize(CLI::App& app);
+void add_train(CLI::App& app);
 
 }  // namespace parallax::cli

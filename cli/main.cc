@@ -19,6 +19,8 @@ constexpr int kUsage = 2;
 void add_commands(CLI::App& app) {
   app.require_subcommand(1);
   add_model(app);
+  add_tokenize(app);
+  add_train(app);
 }
 
 std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }

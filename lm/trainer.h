@@ -32,7 +32,6 @@ class TrainObserver {
   virtual void on_step(const Progress&) {}  // every step
   virtual void on_eval(const MetricsRecord&) {}
   virtual void on_checkpoint(const std::filesystem::path&) {}
-  virtual void on_note(const std::string&) {}  // one line worth reading
 };
 
 struct TrainResult {
