@@ -22,6 +22,8 @@
 #include <vector>
 
 #include "bench/fma_peak.h"
+#include "kernels/cpu/backward.h"
+#include "kernels/cpu/forward.h"
 #include "parallax/attention.h"
 
 namespace parallax::bench {
@@ -111,21 +113,24 @@ class Ours {
     workspace_ = at::empty({static_cast<std::int64_t>(bytes) + 64}, at::kByte);
   }
 
-  void forward() const {
+  // On the best instruction set, or on `target`.
+  void forward(const cpu::Target* target = nullptr) const {
     ForwardArgs args;
     args.q = view_of(q), args.r = view_of(r), args.k = view_of(k), args.v = view_of(v);
     args.o = mutable_view_of(o_), args.v_bar = mutable_view_of(v_bar_);
     args.lse = lse_.data_ptr(), args.t_bar = t_bar_.data_ptr();
+    if (target) return cpu::forward(forward_, args, workspace(), torch_threads(), *target);
     check(run(forward_, args, workspace(), torch_threads()));
   }
 
-  void backward() const {
+  void backward(const cpu::Target* target = nullptr) const {
     BackwardArgs args;
     args.q = view_of(q), args.r = view_of(r), args.k = view_of(k), args.v = view_of(v);
     args.o = view_of(o_), args.v_bar = view_of(v_bar_), args.d_o = view_of(d_o);
     args.lse = lse_.data_ptr(), args.t_bar = t_bar_.data_ptr();
     args.dq = mutable_view_of(dq_), args.dr = mutable_view_of(dr_);
     args.dk = mutable_view_of(dk_), args.dv = mutable_view_of(dv_);
+    if (target) return cpu::backward(backward_, args, workspace(), torch_threads(), *target);
     check(run(backward_, args, workspace(), torch_threads()));
   }
 
@@ -266,6 +271,13 @@ void compare(std::int64_t head_dim, at::ScalarType type, int num_threads, double
       {"parallax", "parallax_" + suffix, [&] { ours.forward(); }, [&] { ours.backward(); }},
       {"LibTorch softmax", "softmax_" + suffix, [&] { softmax.forward(); },
        [&] { softmax.backward(); }}};
+  const cpu::Targets targets = cpu::supported_targets();
+  if (type == at::kBFloat16 && targets.list[0]->name == std::string("avx512bf16")) {
+    const cpu::Target* float_inside = targets.list[1];
+    rows.push_back({"parallax, no bf16 dots", "parallax_no_dots_" + suffix,
+                    [&ours, float_inside] { ours.forward(float_inside); },
+                    [&ours, float_inside] { ours.backward(float_inside); }});
+  }
   std::optional<Baseline> composed;
   if (type == at::kFloat && num_threads == 1) {
     composed.emplace(std::vector{ours.q, ours.r, ours.k, ours.v}, ours.d_o, composed_attention);

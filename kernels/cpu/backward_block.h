@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Backward of one block of query rows against a run of key tiles: eight products for each tile
-// (docs/math.md), each of them computed once.
+// (docs/math.md section 7), each of them computed once.
 //
 //   s, t = K [q r]   G = V dO^T                  queries along the lanes, as in the forward
 //   e = p (G - Gbar)   u = 1 + t_bar - t   A = p u   dS = u e - (Delta - Gbar) p   dT = -e
@@ -8,9 +8,9 @@
 //
 // The middle line is written transposed, [key, query], dS with its scale, and the register-blocked
 // product reads floats either way, so no tile is ever transposed; words of two bf16 are written
-// along both axes. dq and dr stay in the block's sums, dk and dv are
-// added to float rows of the whole sequence; a block's first tile is its last, so that the order of
-// every sum is the same however blocks and tiles are shared out among tasks.
+// along both axes. dq and dr stay in the block's sums, dk and dv are added to float rows of the
+// whole sequence; a block meets its tiles from last to first, so that the order of every sum is the
+// same however blocks and tiles are shared out among tasks.
 //
 // The row sums of dS and e are zero in exact arithmetic. Rounding (of v_bar above all, which bf16
 // callers save in bf16) leaves a rest that meets the mean of the keys: dq and dr are therefore
@@ -28,10 +28,10 @@ namespace parallax::cpu::PARALLAX_TARGET {
 
 // Constants of the rows of a block, one lane each.
 struct RowTerms {
-  float lse[kBlockRows];        // base 2
-  float u0[kBlockRows];         // 1 + t_bar
-  float gbar[kBlockRows];       // dO.v_bar
-  float minus_gap[kBlockRows];  // Gbar - Delta = dO.(v_bar - o)
+  float lse[kBlockRows];                // base 2
+  float u0[kBlockRows];                 // 1 + t_bar
+  float g_bar[kBlockRows];              // dO.v_bar
+  float g_bar_minus_delta[kBlockRows];  // Gbar - Delta = dO.(v_bar - o)
 };
 
 template <class Words, int kStride>
@@ -45,10 +45,10 @@ struct Backward {
     float *q, *minus_r, *d_o;  // rows of words along head_dim
     float *k, *v;
     float *q_folded, *minus_r_folded, *d_o_folded, *k_folded;  // words along the rows
-    float *qr, *d_o_panels;        // panels of kLanes and of kQueries queries
-    float *a, *d_s, *e;            // [kBlockKeys, kQueryWords], words along the queries
-    float *d_s_folded, *e_folded;  // [kBlockKeys / kFold, kBlockRows], words along the keys
-    float *scores, *g;             // [2][kBlockKeys, kPanel] and [kBlockKeys, kQueries]
+    float *qr, *d_o_panels;       // panels of kLanes and of kQueries queries
+    float *a, *ds, *e;            // [kBlockKeys, kQueryWords], words along the queries
+    float *ds_folded, *e_folded;  // [kBlockKeys / kFold, kBlockRows], words along the keys
+    float *scores, *g;            // [2][kBlockKeys, kPanel] and [kBlockKeys, kQueries]
 
     explicit Scratch(float* at) {
       const auto take = [&at](int words) {
@@ -71,9 +71,9 @@ struct Backward {
       qr = take(2 * kBlockRows * kStride);
       d_o_panels = take(kBlockRows * kStride);
       a = take(kBlockKeys * kQueryWords);
-      d_s = take(kBlockKeys * kQueryWords);
+      ds = take(kBlockKeys * kQueryWords);
       e = take(kBlockKeys * kQueryWords);
-      d_s_folded = kFold == 1 ? d_s : take(kBlockKeys / kFold * kBlockRows);
+      ds_folded = kFold == 1 ? ds : take(kBlockKeys / kFold * kBlockRows);
       e_folded = kFold == 1 ? e : take(kBlockKeys / kFold * kBlockRows);
       scores = take(2 * kBlockKeys * kPanel);
       g = take(kBlockKeys * kQueries);
@@ -98,8 +98,8 @@ struct Backward {
     read_row(element, block.v_bar[i], block.head_dim, v_bar);
     read_row(element, block.o[i], block.head_dim, o);
     for (int d = 0; d < block.head_dim; d += kLanes) store(o + d, load(v_bar + d) - load(o + d));
-    terms->gbar[i] = sum_of_products(d_o, v_bar, block.head_dim);
-    terms->minus_gap[i] = sum_of_products(d_o, o, block.head_dim);
+    terms->g_bar[i] = sum_of_products(d_o, v_bar, block.head_dim);
+    terms->g_bar_minus_delta[i] = sum_of_products(d_o, o, block.head_dim);
   }
 
   // Rows and row terms. Rows that see no key are all zero. Of rows that see one key the terms made
@@ -112,7 +112,7 @@ struct Backward {
     with_element(block.dtype, [&](auto element) {
       for (int i = 0; i < num_rows; ++i) {
         const int at = i * kStride;
-        terms->lse[i] = terms->u0[i] = terms->gbar[i] = terms->minus_gap[i] = 0.0f;
+        terms->lse[i] = terms->u0[i] = terms->g_bar[i] = terms->g_bar_minus_delta[i] = 0.0f;
         clear_row(panel_rows + at, words);
         if (lo[i] >= hi[i]) {
           clear_row(to.q + at, words);
@@ -179,11 +179,12 @@ struct Backward {
     const float* g = at.g + begin * kQueries + half * kLanes;
     const Vec scale = broadcast(scale_of_s), log2_scale = broadcast(scale_of_s * kLog2e);
     const Vec minus_lse = zero() - load(terms.lse + i), u0 = load(terms.u0 + i),
-              gbar = load(terms.gbar + i), minus_gap = load(terms.minus_gap + i) * scale;
+              g_bar = load(terms.g_bar + i),
+              g_bar_minus_delta = load(terms.g_bar_minus_delta + i) * scale;
     const IntVec low = load_int(lo + i), high = load_int(hi + i);
     Vec sum_ds = load(sums.sum_ds + i), sum_e = load(sums.sum_e + i);
     for (int j = begin; j < end; j += kFold) {
-      Vec d_s[kFold], e[kFold];
+      Vec ds[kFold], e[kFold];
       for (int f = 0; f < kFold; ++f, s += kPanel, g += kQueries) {
         Vec p = exp2(fma(load(s), log2_scale, minus_lse));
         Vec t = load(s + kLanes), grad = load(g);
@@ -194,17 +195,17 @@ struct Backward {
           grad = select(visible, grad, zero());
         }
         const Vec u = u0 - t;
-        e[f] = p * (grad - gbar);
-        d_s[f] = fma(u * scale, e[f], p * minus_gap);
+        e[f] = p * (grad - g_bar);
+        ds[f] = fma(u * scale, e[f], p * g_bar_minus_delta);
         const int to = (j + f) * kQueryWords + i / kFold;
         Words::store_steps(at.a + to, p * u);
-        Words::store_steps(at.d_s + to, d_s[f]);
+        Words::store_steps(at.ds + to, ds[f]);
         Words::store_steps(at.e + to, e[f]);
-        sum_ds = sum_ds + Words::round(d_s[f]);
+        sum_ds = sum_ds + Words::round(ds[f]);
         sum_e = sum_e + Words::round(e[f]);
       }
       if constexpr (kFold > 1) {
-        store(at.d_s_folded + j / kFold * kBlockRows + i, Words::pack(d_s));
+        store(at.ds_folded + j / kFold * kBlockRows + i, Words::pack(ds));
         store(at.e_folded + j / kFold * kBlockRows + i, Words::pack(e));
       }
     }
@@ -217,14 +218,14 @@ struct Backward {
       const int to = j * kQueryWords + first_query / kFold;
       for (int i = 0; i < kQueries / kFold; i += kLanes) {
         store(at.a + to + i, zero());
-        store(at.d_s + to + i, zero());
+        store(at.ds + to + i, zero());
         store(at.e + to + i, zero());
       }
     }
     if constexpr (kFold > 1) {
       for (int j = begin / kFold; j < end / kFold; ++j) {
         for (int i = first_query; i < first_query + kQueries; i += kLanes) {
-          store(at.d_s_folded + j * kBlockRows + i, zero());
+          store(at.ds_folded + j * kBlockRows + i, zero());
           store(at.e_folded + j * kBlockRows + i, zero());
         }
       }
@@ -273,7 +274,7 @@ struct Backward {
     multiply<Words, kQueryWords, 1, kStride>(acc, at.a + x, at.d_o_folded + y, depth);
     store_block(acc, dv + d, kStride);
     load_block(acc, dk + d, kStride);
-    multiply<Words, kQueryWords, 1, kStride>(acc, at.d_s + x, at.q_folded + y, depth);
+    multiply<Words, kQueryWords, 1, kStride>(acc, at.ds + x, at.q_folded + y, depth);
     multiply<Words, kQueryWords, 1, kStride>(acc, at.e + x, at.minus_r_folded + y, depth);
     store_block(acc, dk + d, kStride);
   }
@@ -285,7 +286,7 @@ struct Backward {
     const int depth = (end - begin) / kFold;
     Vec acc[kMr][kNv];
     load_block(acc, dq + d, kStride);
-    multiply<Words, 1, kBlockRows, kStride>(acc, at.d_s_folded + x, at.k_folded + y, depth);
+    multiply<Words, 1, kBlockRows, kStride>(acc, at.ds_folded + x, at.k_folded + y, depth);
     store_block(acc, dq + d, kStride);
     load_block(acc, dr + d, kStride);
     multiply<Words, 1, kBlockRows, kStride>(acc, at.e_folded + x, at.k_folded + y, depth);

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: MIT
-// Forward of one block of query rows: the online softmax over key tiles (docs/math.md).
+// Forward of one block of query rows: the online softmax over key tiles (docs/math.md sections 3,
+// 4, 6).
 //
 // Queries lie along the vector lanes. A panel holds kLanes queries as packed virtual rows: row d of
 // [head_dim, kPanel] is q_0[d] ... q_L[d] r_0[d] ... r_L[d], so one product K [q r] gives s in the
 // first half of each row and t in the second half, lane by lane. Softmax then runs down the rows
-// without a shuffle, p and p t overwrite s and t, and one product with V accumulates o1 and o2.
+// without a shuffle, p and w overwrite s and t, and one product with V accumulates o1 and o2.
 //
 // Scratch, in words: panels 2 x 96 x stride, o1 and o2 2 x 96 x stride, K and V tiles and V folded
 // 96 x stride each, s and t of one panel 96 x kPanel.
@@ -19,9 +20,9 @@ namespace parallax::cpu::PARALLAX_TARGET {
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr double kLn2 = 0.693147180559945309;
 
-// The online state of one panel: m in base-2 units, t centred by c.
+// The online state of one panel: m in base-2 units, t centred.
 struct PanelState {
-  float m[kLanes], d1[kLanes], d2[kLanes], c[kLanes];
+  float m[kLanes], d1[kLanes], d2[kLanes], centre[kLanes];
 };
 
 // Keys of a tile that concern a panel: rows [begin, end) of the tile, both multiples of kFold;
@@ -91,9 +92,9 @@ struct Forward {
   }
 
   // Centres t of the lanes that start in this tile at the mean of their visible t.
-  PARALLAX_INLINE void centre(const std::int32_t* lo, const std::int32_t* hi,
-                              std::int64_t first_key, TileRange range, const float* scores,
-                              PanelState* state) {
+  PARALLAX_INLINE void set_centre(const std::int32_t* lo, const std::int32_t* hi,
+                                  std::int64_t first_key, TileRange range, const float* scores,
+                                  PanelState* state) {
     const std::int64_t end = first_key + range.end;
     bool any = false;
     for (int i = 0; i < kLanes; ++i) any |= lo[i] >= first_key && lo[i] < end;
@@ -106,31 +107,31 @@ struct Forward {
     for (int i = 0; i < kLanes; ++i) {
       if (lo[i] < first_key || lo[i] >= end || lo[i] >= hi[i]) continue;
       const std::int64_t last = hi[i] < end ? hi[i] : end;
-      state->c[i] = sum[i] / static_cast<float>(last - lo[i]);
+      state->centre[i] = sum[i] / static_cast<float>(last - lo[i]);
     }
   }
 
-  // s, t become p, p t as words along the keys: row begin / kFold on. The state moves on. Returns
+  // s, t become p, w as words along the keys: row begin / kFold on. The state moves on. Returns
   // the factors that o1 and o2 shrink by.
   PARALLAX_INLINE Vec softmax(TileRange range, Vec largest, float* scores, PanelState* state) {
     const Vec m = load(state->m);
     const Vec m_next = max(m, largest);
     const Vec reference = select(equal(m_next, broadcast(-INFINITY)), zero(), m_next);
     const Vec shrink = exp2(m - reference);
-    const Vec c = load(state->c);
+    const Vec centre = load(state->centre);
     Vec d1 = load(state->d1) * shrink, d2 = load(state->d2) * shrink;
     for (int j = range.begin; j < range.end; j += kFold) {
-      Vec p[kFold], pt[kFold];
+      Vec p[kFold], w[kFold];
       for (int f = 0; f < kFold; ++f) {
         const float* s = scores + (j + f) * kPanel;
         p[f] = exp2(load(s) - reference);
-        pt[f] = p[f] * (load(s + kLanes) - c);
+        w[f] = p[f] * (load(s + kLanes) - centre);
         d1 = d1 + p[f];
-        d2 = d2 + pt[f];
+        d2 = d2 + w[f];
       }
       float* to = scores + j / kFold * kPanel;
       store(to, Words::pack(p));
-      store(to + kLanes, Words::pack(pt));
+      store(to + kLanes, Words::pack(w));
     }
     store(state->m, m_next);
     store(state->d1, d1);
@@ -161,7 +162,7 @@ struct Forward {
     store_block(acc, o, kStride);
   }
 
-  // o1, o2 [kPanel, stride] += [p, p t]^T V over the keys of the range.
+  // o1, o2 [kPanel, stride] += [p, w]^T V over the keys of the range.
   PARALLAX_INLINE void multiply_values(TileRange range, const float* scores, const float* v,
                                        int head_dim, bool fresh, float* o) {
     const float* p = scores + range.begin / kFold * kPanel;
@@ -230,7 +231,7 @@ struct Forward {
         *block.lse[row] =
             empty ? -INFINITY : static_cast<float>(state.m[i] * kLn2 + ::log(state.d1[i]));
       }
-      if (block.t_bar[0] != nullptr) *block.t_bar[row] = empty ? 0.0f : state.c[i] + mean_t;
+      if (block.t_bar[0] != nullptr) *block.t_bar[row] = empty ? 0.0f : state.centre[i] + mean_t;
     }
   }
 
@@ -264,7 +265,7 @@ struct Forward {
       fresh[g] = true;
       for (int i = 0; i < kLanes; ++i) {
         state[g].m[i] = -INFINITY;
-        state[g].d1[i] = state[g].d2[i] = state[g].c[i] = 0.0f;
+        state[g].d1[i] = state[g].d2[i] = state[g].centre[i] = 0.0f;
       }
     }
     for (std::int64_t key = first / kBlockKeys * kBlockKeys; key < last; key += kBlockKeys) {
@@ -282,7 +283,7 @@ struct Forward {
         if (range.edge || begin != range.begin || range.end % kMr != 0) {
           largest = apply_mask(low, high, key, range.begin, range.end, scores);
         }
-        centre(low, high, key, range, scores, &state[g]);
+        set_centre(low, high, key, range, scores, &state[g]);
         const Vec shrink = softmax(range, largest, scores, &state[g]);
         float* sums = o + g * kPanelFloats;
         if (!fresh[g]) rescale(shrink, block.head_dim, sums);

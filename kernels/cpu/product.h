@@ -21,7 +21,7 @@ constexpr int kMr = 12;
 #else
 constexpr int kMr = 6;
 #endif
-// Rows of one query panel (kLanes of q or p, kLanes of r or p t) that kMr does not divide.
+// Rows of one query panel (kLanes of q or p, kLanes of r or w) that kMr does not divide.
 constexpr int kPanel = 2 * kLanes;
 constexpr int kMrTail = kPanel % kMr;
 
