@@ -5,6 +5,8 @@
 #include <cmath>
 #include <functional>
 
+#include "lm/layers_cpu.h"
+
 namespace parallax::lm {
 
 using torch::autograd::AutogradContext;
@@ -59,17 +61,62 @@ at::Tensor rotate(const at::Tensor& x, const Rope& rope) {
 
 // ---- norm, products, FFN
 
-at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps) {
-  return at::rms_norm(x, {x.size(-1)}, gain.to(x.scalar_type()), eps);
+namespace {
+
+bool has_cpu_kernel(const at::Tensor& x) {
+  return x.is_cpu() && (x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble);
 }
 
-at::Tensor linear(const at::Tensor& x, const std::vector<at::Tensor>& weights) {
+struct CpuRmsNorm : Function<CpuRmsNorm> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& x, const at::Tensor& gain,
+                            double eps) {
+    // A view wherever x is a slice of a larger product.
+    const at::Tensor rows = x.reshape({-1, x.size(-2), x.size(-1)});
+    const auto [y, rstd] = cpu::rms_norm(rows, gain, eps);
+    ctx->save_for_backward({rows, gain, rstd});
+    return y.view(x.sizes());
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    const at::Tensor dy = grads[0].contiguous();
+    const auto [dx, dgain] = cpu::rms_norm_backward(dy, saved[0], saved[1], saved[2]);
+    return {dx.view(dy.sizes()), dgain, {}};
+  }
+};
+
+}  // namespace
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps) {
+  const at::Tensor w = gain.to(x.scalar_type());
+  if (has_cpu_kernel(x)) return CpuRmsNorm::apply(x, w, eps);
+  return at::rms_norm(x, {x.size(-1)}, w, eps);
+}
+
+at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights) {
   // The copy that cat makes is small beside the product: out * in against rows * out * in.
   const at::Tensor w = weights.size() == 1 ? weights[0] : at::cat(weights);
   return at::linear(x, w.to(x.scalar_type()));
 }
 
 namespace {
+
+struct CpuSwiGlu : Function<CpuSwiGlu> {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up) {
+    const at::Tensor rows = gate_up.contiguous().flatten(0, -2);
+    const at::Tensor sigmoid = at::sigmoid(rows.chunk(2, -1)[0]).contiguous();
+    ctx->save_for_backward({rows, sigmoid});
+    at::DimVector sizes(gate_up.sizes());
+    sizes.back() /= 2;
+    return cpu::swiglu(rows, sigmoid).view(sizes);
+  }
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const variable_list saved = ctx->get_saved_variables();
+    at::DimVector sizes(grads[0].sizes());
+    sizes.back() *= 2;
+    const at::Tensor dy = grads[0].contiguous().flatten(0, -2);
+    return {cpu::swiglu_backward(dy, saved[0], saved[1]).view(sizes)};
+  }
+};
 
 struct SwiGlu : Function<SwiGlu> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& gate_up) {
@@ -90,7 +137,9 @@ struct SwiGlu : Function<SwiGlu> {
 
 }  // namespace
 
-at::Tensor swiglu(const at::Tensor& gate_up) { return SwiGlu::apply(gate_up); }
+at::Tensor swiglu(const at::Tensor& gate_up) {
+  return has_cpu_kernel(gate_up) ? CpuSwiGlu::apply(gate_up) : SwiGlu::apply(gate_up);
+}
 
 // ---- loss
 

@@ -36,7 +36,7 @@ at::Tensor rotate(const at::Tensor& x, const Rope& rope);
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps);
 
 // x [..., in] times several [out_i, in] weights in one product -> [..., sum of out_i].
-at::Tensor linear(const at::Tensor& x, const std::vector<at::Tensor>& weights);
+at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights);
 
 // gate|up [..., 2 size] -> silu(gate) * up [..., size].
 at::Tensor swiglu(const at::Tensor& gate_up);

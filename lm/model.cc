@@ -20,7 +20,8 @@ class FeedForward : public torch::nn::Module {
   }
 
   at::Tensor forward(const at::Tensor& x) {
-    return linear(swiglu(linear(x, {gate_proj_->weight, up_proj_->weight})), {down_proj_->weight});
+    return project(swiglu(project(x, {gate_proj_->weight, up_proj_->weight})),
+                   {down_proj_->weight});
   }
 
  private:
@@ -135,7 +136,7 @@ at::Tensor CausalLm::hidden(const at::Tensor& tokens) {
 }
 
 at::Tensor CausalLm::logits(const at::Tensor& hidden) {
-  const at::Tensor logits = linear(hidden, {head_weight()});
+  const at::Tensor logits = project(hidden, {head_weight()});
   return logits.scalar_type() == at::kDouble ? logits : logits.to(at::kFloat);
 }
 

@@ -33,7 +33,7 @@ AttentionInputs Attention::attention_inputs(const at::Tensor& x, const Rope& rop
   AttentionInputs inputs;
   if (r_proj_) {
     const std::vector<at::Tensor> qrkv =
-        linear(x, {q_proj_->weight, r_proj_->weight, k_proj_->weight, v_proj_->weight})
+        project(x, {q_proj_->weight, r_proj_->weight, k_proj_->weight, v_proj_->weight})
             .split_with_sizes({q_size, q_size, kv_size, kv_size}, -1);
     inputs.q = heads(qrkv[0], q_norm_.get(), &rope);
     inputs.r = heads(qrkv[1], r_norm_.get(), config_.r_rope ? &rope : nullptr);
@@ -41,7 +41,7 @@ AttentionInputs Attention::attention_inputs(const at::Tensor& x, const Rope& rop
     inputs.v = heads(qrkv[3], nullptr, nullptr);
   } else {
     const std::vector<at::Tensor> qkv =
-        linear(x, {q_proj_->weight, k_proj_->weight, v_proj_->weight})
+        project(x, {q_proj_->weight, k_proj_->weight, v_proj_->weight})
             .split_with_sizes({q_size, kv_size, kv_size}, -1);
     inputs.q = heads(qkv[0], q_norm_.get(), &rope);
     inputs.k = heads(qkv[1], k_norm_.get(), &rope);
@@ -51,7 +51,7 @@ AttentionInputs Attention::attention_inputs(const at::Tensor& x, const Rope& rop
 }
 
 at::Tensor Attention::project_output(const at::Tensor& o) const {
-  return linear(o.flatten(-2), {o_proj_->weight});
+  return project(o.flatten(-2), {o_proj_->weight});
 }
 
 at::Tensor Attention::forward(const at::Tensor& x, const Rope& rope) {
