@@ -4,6 +4,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/checks.h"
+#include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/reference.h"
 #include "parallax/attention.h"
@@ -36,7 +37,11 @@ Status plan(const AttentionProblem& problem, const Device& device, BackwardPlan*
 Status plan(const AttentionProblem& problem, const Device& device, DecodePlan* plan) {
   if (Status status = cpu::check_decode_problem(problem, device); !status.ok()) return status;
   if (device.kind == Device::Kind::kCuda) return cuda::plan_decode(problem, device, plan);
-  *plan = {problem, device, 1, 0};
+  if (problem.dtype != DType::kFloat64) {
+    *plan = cpu::plan_decode(problem, device);
+  } else {
+    *plan = {problem, device, 1, 0};
+  }
   return {};
 }
 

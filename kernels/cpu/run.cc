@@ -2,6 +2,7 @@
 // run() on the CPU: checks the arguments, then hands them to the kernels.
 #include "cpu/backward.h"
 #include "cpu/checks.h"
+#include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/reference.h"
 #include "parallax/attention.h"
@@ -55,7 +56,11 @@ Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace,
            const ParallelFor& parallel_for) {
   if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
   if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
-  cpu::reference_decode(plan.problem, args, parallel_for);
+  if (plan.problem.dtype != DType::kFloat64) {
+    cpu::decode(plan, args, workspace, parallel_for);
+  } else {
+    cpu::reference_decode(plan.problem, args, parallel_for);
+  }
   return {};
 }
 

@@ -71,6 +71,41 @@ struct BackwardBlock {
   bool first = true, last = true;  // the block's first call zeroes its sums, its last writes dq, dr
 };
 
+// The keys and values [begin, end) of one sequence, for a few neighbouring key/value heads and all
+// their query rows. Row f of a key/value head is (query f / group, head f % group of its group).
+struct DecodeBlock {
+  DType dtype = DType::kFloat32;
+  int head_dim = 0;
+  float scale = 1.0f;
+  int num_kv_heads = 0;
+  int group = 1;
+  int q_len = 0;
+  const std::int32_t *lo = nullptr, *hi = nullptr;  // [q_len]: keys that each query sees
+  std::int32_t begin = 0, end = 0;                  // all seen by some query
+  const char *q = nullptr, *r = nullptr;            // query 0 of the first head
+  std::int64_t q_row_bytes = 0, q_head_bytes = 0, r_row_bytes = 0, r_head_bytes = 0;
+  TokenRows k, v;  // of the first key/value head
+  std::int64_t k_head_bytes = 0, v_head_bytes = 0;
+  // The state of row num_kv_head * (q_len * group) + f: m in natural units, d2 and o2 centred at c;
+  // o1 and o2 at o + row * 2 * decode_stride(head_dim) and one stride behind it.
+  float *m = nullptr, *d1 = nullptr, *d2 = nullptr, *c = nullptr, *o = nullptr;
+};
+
+// Tokens whose scores the decode kernel holds at once.
+constexpr int kDecodeTokens = 32;
+constexpr int kDecodeScoreRow = 2 * kDecodeTokens + 16;
+
+// Elements between the float rows of a decode: pairs of vectors on every target.
+constexpr int decode_stride(std::int64_t head_dim) {
+  return (static_cast<int>(head_dim) + 31) / 32 * 32;
+}
+
+// Floats of scratch for one block of so many query rows: their q, r and scores, and a tile.
+constexpr std::size_t decode_scratch(std::int64_t head_dim, std::int64_t rows) {
+  return static_cast<std::size_t>(rows) * (2 * decode_stride(head_dim) + kDecodeScoreRow) +
+         std::size_t{kDecodeTokens} * decode_stride(head_dim);
+}
+
 // Elements between the float rows that the kernels keep: head_dim rounded up to a size that they
 // are compiled for, plus one cache line, so that the rows of a tile spread over all cache sets.
 constexpr int row_stride(std::int64_t head_dim) {
@@ -90,6 +125,7 @@ struct Target {
   const char* name;
   void (*forward)(const ForwardBlock& block, float* scratch);
   void (*backward)(const BackwardBlock& block, float* scratch);
+  void (*decode)(const DecodeBlock& block, float* scratch);
   // Writes a float row as head_dim elements of dtype.
   void (*write_row)(DType dtype, const float* from, int head_dim, void* to);
 };

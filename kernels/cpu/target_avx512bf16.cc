@@ -3,6 +3,7 @@
 // AVX-512.
 #define PARALLAX_TARGET avx512bf16
 #include "cpu/backward_block.h"
+#include "cpu/decode_block.h"
 
 namespace parallax::cpu {
 namespace avx512bf16 {
@@ -17,6 +18,11 @@ static void backward(const BackwardBlock& block, float* scratch) {
   backward_block<BFloat16Words>(block, scratch);
 }
 
+static void decode(const DecodeBlock& block, float* scratch) {
+  if (block.dtype != DType::kBFloat16) return kAvx512Target.decode(block, scratch);
+  Decode<DType::kBFloat16>(block, scratch).run();
+}
+
 static void write_float_row(DType dtype, const float* from, int head_dim, void* to) {
   kAvx512Target.write_row(dtype, from, head_dim, to);
 }
@@ -27,6 +33,7 @@ const Target kAvx512Bf16Target = {
     .name = "avx512bf16",
     .forward = avx512bf16::forward,
     .backward = avx512bf16::backward,
+    .decode = avx512bf16::decode,
     .write_row = avx512bf16::write_float_row,
 };
 

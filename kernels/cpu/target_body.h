@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/backward_block.h"
+#include "cpu/decode_block.h"
 
 namespace parallax::cpu {
 namespace PARALLAX_TARGET {
@@ -21,6 +22,7 @@ const Target PARALLAX_TARGET_TABLE = {
     .name = PARALLAX_NAME(PARALLAX_TARGET),
     .forward = PARALLAX_TARGET::forward_block<PARALLAX_TARGET::FloatWords>,
     .backward = PARALLAX_TARGET::backward_block<PARALLAX_TARGET::FloatWords>,
+    .decode = PARALLAX_TARGET::decode_block,
     .write_row = PARALLAX_TARGET::write_float_row,
 };
 

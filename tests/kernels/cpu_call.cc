@@ -10,6 +10,7 @@
 #include <optional>
 
 #include "kernels/cpu/backward.h"
+#include "kernels/cpu/decode.h"
 #include "kernels/cpu/forward.h"
 
 namespace parallax::tests {
@@ -174,7 +175,11 @@ void run_decode(const Case& c, const How& how, const DecodeArgs& args) {
   DecodePlan decode;
   expect_ok(plan(c.problem, device_of(how), &decode), c);
   Workspace workspace(workspace_bytes(decode));
-  expect_ok(run(decode, args, workspace.data(), parallel_for(how.num_threads)), c);
+  if (how.target) {
+    cpu::decode(decode, args, workspace.data(), parallel_for(how.num_threads), *how.target);
+  } else {
+    expect_ok(run(decode, args, workspace.data(), parallel_for(how.num_threads)), c);
+  }
 }
 
 }  // namespace

@@ -57,12 +57,61 @@ TEST(Decode, EqualsTheDefinition) {
   for (DType dtype : kEveryDType) {
     for (Data data : {Data::kZeroMean, Data::kShifted}) {
       for (const Case& c : decode_cases(dtype, data)) {
-        const Results ours = cpu_decode(c), exact = oracle(c);
-        EXPECT_EQ(error_rule(c, ours, exact), "");
+        const Expected expected(c);
+        const Results ours = cpu_decode(c), &exact = expected.exact;
+        EXPECT_EQ(error_rule(c, ours, expected), "");
         EXPECT_LE(distance(ours.lse, exact.lse), tolerance_of(dtype)) << c.name;
         EXPECT_LE(distance(ours.t_bar, exact.t_bar),
                   tolerance_of(dtype) * std::max(1.0, largest(exact.t_bar)))
             << c.name;
+      }
+    }
+  }
+}
+
+// Caches long enough for several splits of several blocks of heads, on every instruction set.
+std::vector<Case> long_cases(DType dtype, Data data) {
+  std::vector<Case> cases;
+  for (auto [q_len, num_q_heads, num_kv_heads, head_dim] :
+       {std::tuple{1, 8, 8, 128}, {3, 8, 4, 256}, {2, 9, 9, 120}}) {
+    Case c;
+    c.problem = problem_of(dtype, 2, q_len, 1600, num_q_heads, num_kv_heads, head_dim);
+    c.lengths.kv_lens = {1600, 1025};
+    c.lengths.kv_start = {0, 511};
+    c.inputs = random_inputs(c.problem, data, 31);
+    c.inputs.d_o.clear();
+    c.name = std::to_string(num_q_heads) + " heads of " + std::to_string(head_dim);
+    cases.push_back(std::move(c));
+  }
+  cases[1].problem.window = 900;
+  return cases;
+}
+
+TEST(Decode, LongCachesOnEveryInstructionSet) {
+  const cpu::Targets targets = cpu::supported_targets();
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const Case& c : long_cases(dtype, Data::kShifted)) {
+      const Expected expected(c);
+      const Results& exact = expected.exact;
+      for (int i = 0; i < targets.size; ++i) {
+        const Results ours = cpu_decode(c, {3, 0, targets.list[i]});
+        EXPECT_EQ(error_rule(c, ours, expected), "") << targets.list[i]->name;
+        EXPECT_LE(distance(ours.lse, exact.lse), 1e-4) << targets.list[i]->name << " " << c.name;
+        EXPECT_LE(distance(ours.t_bar, exact.t_bar), 1e-4 * largest(exact.t_bar)) << c.name;
+        EXPECT_EQ(ours.o, cpu_decode(c, {1, 64, targets.list[i]}).o) << "pages, " << c.name;
+      }
+    }
+  }
+}
+
+TEST(Decode, EveryInstructionSetHoldsTheErrorRule) {
+  const cpu::Targets targets = cpu::supported_targets();
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (const Case& c : decode_cases(dtype, Data::kShifted)) {
+      const Expected expected(c);
+      for (int i = 1; i < targets.size; ++i) {  // the first is what run() chooses
+        EXPECT_EQ(error_rule(c, cpu_decode(c, {1, 0, targets.list[i]}), expected), "")
+            << targets.list[i]->name;
       }
     }
   }

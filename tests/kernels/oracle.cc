@@ -265,12 +265,8 @@ double largest(const Values& values) {
   return result;
 }
 
-std::string error_rule(const Case& c, const Results& ours) {
-  return error_rule(c, ours, oracle(c));
-}
-
-std::string error_rule(const Case& c, const Results& ours, const Results& exact) {
-  const Results eager = oracle(c, c.problem.dtype);
+std::string error_rule(const Case& c, const Results& ours, const Expected& expected) {
+  const Results &exact = expected.exact, &eager = expected.eager;
   const double slack =
       1e-5 * std::max(1.0, largest(c.inputs.d_o) * largest(c.inputs.v) * largest(c.inputs.k));
   std::ostringstream broken;

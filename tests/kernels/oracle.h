@@ -29,8 +29,14 @@ double distance(const Values& a, const Values& b);
 double largest(const Values& values);
 
 // The error rule: for o and each gradient, max|ours - exact| <= 2 max|eager - exact| + slack, with
-// slack 1e-5 max(1, max|dO| max|v| max|k|). Returns "" or what broke it. exact = oracle(c).
-std::string error_rule(const Case& c, const Results& ours, const Results& exact);
-std::string error_rule(const Case& c, const Results& ours);
+// slack 1e-5 max(1, max|dO| max|v| max|k|). Returns "" or what broke it.
+struct Expected {
+  explicit Expected(const Case& c) : exact(oracle(c)), eager(oracle(c, c.problem.dtype)) {}
+  Results exact, eager;
+};
+std::string error_rule(const Case& c, const Results& ours, const Expected& expected);
+inline std::string error_rule(const Case& c, const Results& ours) {
+  return error_rule(c, ours, Expected(c));
+}
 
 }  // namespace parallax::tests

@@ -46,8 +46,9 @@ struct RowState {
     d2 += w;
   }
 
-  // From sums centred at c to plain ones. The caller adds c o1 to o2.
-  PARALLAX_HOST_DEVICE void uncentre(Real c) { d2 += c * d1; }
+  // Moves the centre down by `by`; uncentre(c) makes plain sums of sums centred at c. The caller
+  // adds by * o1 to o2.
+  PARALLAX_HOST_DEVICE void uncentre(Real by) { d2 += by * d1; }
 };
 
 // A merged state and what its vector half is made of: o = left * o_left + right * o_right, for o1
