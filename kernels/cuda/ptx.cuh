@@ -6,19 +6,11 @@
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 
 #include <cstdint>
 #include <cuda/ptx>
 
-namespace parallax {
-
-// The element types as instances.txt names them.
-using bf16 = __nv_bfloat16;
-using fp16 = __half;
-
-}  // namespace parallax
+#include "cuda/element.h"
 
 namespace parallax::ptx {
 
@@ -71,6 +63,13 @@ __device__ __forceinline__ void copy_box(void* destination, const CUtensorMap* m
                                          std::uint64_t* barrier) {
   ::cuda::ptx::cp_async_bulk_tensor(::cuda::ptx::space_cluster, ::cuda::ptx::space_global,
                                     destination, map, coordinates, barrier);
+}
+
+// Copies bytes, a multiple of 16 and aligned to 16.
+__device__ __forceinline__ void copy_bytes(void* destination, const void* source,
+                                           std::uint32_t bytes, std::uint64_t* barrier) {
+  ::cuda::ptx::cp_async_bulk(::cuda::ptx::space_cluster, ::cuda::ptx::space_global, destination,
+                             source, bytes, barrier);
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
@@ -140,6 +139,22 @@ __device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
       : "memory");
 }
 
+// Reads of shared memory that stay where they stand and are not repeated; of two neighbouring
+// float2, and of one float.
+__device__ __forceinline__ float4 load_shared(const float2* source) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(shared_address(source)));
+  return x;
+}
+
+__device__ __forceinline__ float load_shared(const float* source) {
+  float x;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(source)));
+  return x;
+}
+
 // ---- arithmetic
 
 __device__ __forceinline__ float exp2(float x) {
@@ -164,6 +179,20 @@ __device__ __forceinline__ std::uint32_t pack<fp16>(float low, float high) {
   std::uint32_t word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+}
+
+// The two elements of a word that pack() made.
+template <class T>
+__device__ __forceinline__ float2 unpack(std::uint32_t word);
+
+template <>
+__device__ __forceinline__ float2 unpack<bf16>(std::uint32_t word) {
+  return {__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u)};
+}
+
+template <>
+__device__ __forceinline__ float2 unpack<fp16>(std::uint32_t word) {
+  return __half22float2(*reinterpret_cast<const __half2*>(&word));
 }
 
 }  // namespace parallax::ptx

@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: MIT
+// What the backward kernels share: from a block to its tile, the tile in shared memory, gradients
+// out of registers.
+#pragma once
+
+#include "cuda/backward.h"
+#include "cuda/ptx.cuh"
+#include "cuda/wgmma.cuh"
+
+namespace parallax {
+
+// 64 rows of 64 columns, as one tensor copy leaves them: the unit of everything in shared memory.
+constexpr int kPanelBytes = kBackwardRows * 128;
+
+__device__ __forceinline__ bool contains(const Range& range, int n) {
+  return n >= range.begin && n < range.end;
+}
+
+// The tiles of 64 rows that hold a row of the range.
+__device__ __forceinline__ Range tiles_over(const Range& rows) {
+  if (rows.empty()) return {};
+  return {rows.begin / kBackwardRows, (rows.end + kBackwardRows - 1) / kBackwardRows};
+}
+
+// The tiles of 64 rows that both ranges hold whole.
+__device__ __forceinline__ Range tiles_within(const Range& a, const Range& b) {
+  return {(max(a.begin, b.begin) + kBackwardRows - 1) / kBackwardRows,
+          min(a.end, b.end) / kBackwardRows};
+}
+
+// A block's work: one tile of rows of one sequence and head.
+struct BackwardPlace {
+  int b = -1;  // negative: nothing
+  int head = 0;
+  int tile = 0;
+};
+
+// The sequence that holds the n-th tile, counted through the sequences of a packed call in order,
+// and its number there. Called by whole warps.
+__device__ inline void find_packed_tile(const std::int32_t* cu_seqlens, int batch, int rows, int n,
+                                        BackwardPlace* place) {
+  const int lane = threadIdx.x & 31;
+  for (int first = 0; first < batch; first += 32) {
+    const int b = first + lane;
+    const int own = b < batch ? (cu_seqlens[b + 1] - cu_seqlens[b] + rows - 1) / rows : 0;
+    int end = own;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(0xffffffffu, end, step);
+      if (lane >= step) end += left;
+    }
+    const unsigned behind = __ballot_sync(0xffffffffu, end > n);
+    if (behind != 0) {
+      const int winner = __ffs(behind) - 1;
+      place->b = first + winner;
+      place->tile = n - __shfl_sync(0xffffffffu, end - own, winner);
+      return;
+    }
+    n -= __shfl_sync(0xffffffffu, end, 31);
+  }
+}
+
+// Blocks run through sections of `section` heads, whose streamed tensors fit the L2 cache together,
+// and inside a section through the tiles, all heads of one before the next.
+__device__ inline BackwardPlace place_block(const BackwardParams& params, int num_heads,
+                                            int num_tiles, int section,
+                                            const std::int32_t* cu_seqlens, bool last_first) {
+  const AttentionProblem& problem = params.problem;
+  const int pairs = (problem.packed ? 1 : static_cast<int>(problem.batch)) * num_heads;
+  const int first = static_cast<int>(blockIdx.x) / (section * num_tiles) * section;
+  const int rest = static_cast<int>(blockIdx.x) - first * num_tiles;
+  const int width = min(section, pairs - first);
+  const int pair = first + rest % width;
+  const int tile = last_first ? num_tiles - 1 - rest / width : rest / width;
+  BackwardPlace place{pair / num_heads, pair % num_heads, tile};
+  if (problem.packed) {
+    place.b = -1;
+    find_packed_tile(cu_seqlens, static_cast<int>(problem.batch), kBackwardTile, tile, &place);
+  }
+  return place;
+}
+
+// Descriptor offsets (units of 16 bytes) of step `kk` of 16 columns in panels `stride` bytes apart.
+__device__ __forceinline__ constexpr std::uint32_t column_step(int kk, int stride) {
+  return static_cast<std::uint32_t>((kk >> 2) * stride + (kk & 3) * 32) >> 4;
+}
+// The same of 16 rows, read transposed.
+constexpr std::uint32_t kRowStep = 2048 >> 4;
+
+// Writes `factor` times a 64 x kHeadDim accumulator, of which a thread holds rows 0 and 8 from
+// `row` on: four lanes turn their words into 16 bytes each.
+template <class T, int kCount>
+__device__ __forceinline__ void store_gradient(const float (&sums)[kCount], float factor, T* row,
+                                               std::int64_t row_stride, int rows_left,
+                                               int head_dim) {
+  const int quad_lane = threadIdx.x & 3;
+  const bool odd = quad_lane & 1;
+  const bool upper = quad_lane & 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+#pragma unroll
+    for (int block = 0; block < kCount / 16; ++block) {
+      std::uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int n = 4 * (4 * block + i) + 2 * half;
+        words[i] = ptx::pack<T>(sums[n] * factor, sums[n + 1] * factor);
+      }
+      std::uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
+      std::uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
+      (odd ? words[0] : words[1]) = x;
+      (odd ? words[2] : words[3]) = y;
+      x = __shfl_xor_sync(0xffffffffu, upper ? words[0] : words[2], 2);
+      y = __shfl_xor_sync(0xffffffffu, upper ? words[1] : words[3], 2);
+      (upper ? words[0] : words[2]) = x;
+      (upper ? words[1] : words[3]) = y;
+      const int column = 8 * (4 * block + quad_lane);
+      if (8 * half < rows_left && column < head_dim) {
+        *reinterpret_cast<uint4*>(row + 8 * half * row_stride + column) =
+            make_uint4(words[0], words[1], words[2], words[3]);
+      }
+    }
+  }
+}
+
+}  // namespace parallax
