@@ -14,5 +14,9 @@ namespace parallax::cli {
 void add_model(CLI::App& app);
 void add_tokenize(CLI::App& app);
 void add_train(CLI::App& app);
+void add_eval(CLI::App& app);
+void add_generate(CLI::App& app);
+void add_inspect(CLI::App& app);
+void add_report(CLI::App& app);
 
 }  // namespace parallax::cli

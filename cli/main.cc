@@ -21,6 +21,10 @@ void add_commands(CLI::App& app) {
   add_model(app);
   add_tokenize(app);
   add_train(app);
+  add_eval(app);
+  add_generate(app);
+  add_inspect(app);
+  add_report(app);
 }
 
 std::string first_line(const std::string& message) { return message.substr(0, message.find('\n')); }

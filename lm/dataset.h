@@ -48,6 +48,7 @@ std::string to_json(const DatasetManifest& manifest);
 DatasetManifest parse_dataset_manifest(std::string_view text, const std::string& name);
 
 // The tokens of a split as one long stream over its shards; documents end with end_of_document().
+// A copy shares the mapped files.
 class TokenStream {
  public:
   TokenStream() = default;
@@ -62,7 +63,7 @@ class TokenStream {
   void read(std::int64_t begin, std::int64_t count, std::int64_t* out) const;
 
  private:
-  std::vector<std::unique_ptr<Shard>> shards_;
+  std::vector<std::shared_ptr<const Shard>> shards_;
   std::vector<std::int64_t> ends_;  // of each shard in the stream
   std::int64_t vocab_size_ = 0;
   std::int64_t documents_ = 0;

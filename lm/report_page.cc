@@ -7,6 +7,7 @@
 #include <ctime>
 #include <iterator>
 #include <map>
+#include <string_view>
 #include <utility>
 
 #include "lm/chart.h"
@@ -78,7 +79,9 @@ std::string format(const char* pattern, double value) {
   if (!std::isfinite(value)) return "-";
   char text[64];
   std::snprintf(text, sizeof(text), pattern, value);
-  return text;
+  const std::string_view digits(text);
+  const bool is_zero = digits.find_first_not_of("-0.") == std::string_view::npos;
+  return std::string(is_zero && digits.starts_with('-') ? digits.substr(1) : digits);
 }
 
 std::string element(const std::string& tag, const std::string& inner) {
