@@ -5,7 +5,7 @@ CMAKE := .venv/bin/cmake
 JOBS  ?= $(shell nproc)
 DATA  ?=
 
-.PHONY: help setup build demo test test-all bench-cpu format lint clean
+.PHONY: help setup build demo test test-all fuzz sanitize bench-cpu format lint clean
 help:            ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
 
@@ -29,6 +29,12 @@ test-all: build  ## the long tests too
 bench-cpu: build ## attention on this CPU against LibTorch: tables, about two minutes (ARGS="--json F")
 	@$(CMAKE) --build $(BUILD) --target bench_cpu -j $(JOBS)
 	@$(BUILD)/bench_cpu $(ARGS)
+
+fuzz:            ## feed the parsers a million strange inputs each (RUNS=n; needs clang)
+	@tools/fuzz.sh $(RUNS)
+
+sanitize: setup  ## kernels, parsers and trainer under address+undefined, threads under thread
+	@tools/sanitize.sh
 
 format:          ## format the sources in place
 	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format-14 -i

@@ -169,7 +169,6 @@ struct Trainer::Impl {
       window_seconds += step_watch.seconds();
 
       const bool last = state.step == steps;
-      const bool stopping = stop != nullptr && stop->load();
       Progress progress;
       progress.record = train_record(lr * config.optimizer.lr, grad_norm);
       progress.steps = steps;
@@ -179,6 +178,7 @@ struct Trainer::Impl {
       if (progress.logged) log(progress.record);
       observer.on_step(progress);
       if (last || is_due(state.step, config.train.eval_every)) evaluate_held_out(observer, result);
+      const bool stopping = stop != nullptr && stop->load();
       if (last || stopping || is_checkpoint_step()) save(observer);
       if (stopping) break;
     }
