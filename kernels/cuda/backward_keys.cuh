@@ -153,7 +153,9 @@ struct KeysBlock {
     }
     if (left > 0) ptx::barrier_wait(&shared.keys_full, 0);
     if (kTakeTurns && warpgroup == 1) ptx::named_arrive(2, 256);
-    int tile = shared.tiles.begin;
+    const Range tiles = uniform(shared.tiles);
+    const Range visible = uniform(shared.visible[warpgroup]);
+    int tile = tiles.begin;
     int stage = 0;
     int phase = 0;
 #pragma unroll 1
@@ -166,14 +168,14 @@ struct KeysBlock {
         clear_behind(stage, tile * kBackwardRows);
       }
       if (kTakeTurns) ptx::named_sync(2 + warpgroup, 256);
-      if (contains(shared.visible[warpgroup], tile)) {
+      if (contains(visible, tile)) {
         add_tile(s_t, g, dk, dv, warpgroup, stage, tile);
       } else if (kTakeTurns) {
         ptx::named_arrive(2 + (warpgroup ^ 1), 256);
       }
       if (lane() == 0) ptx::barrier_arrive(&shared.empty[stage]);
       if (++stage == kBackwardStages) stage = 0, phase ^= 1;
-      if (++tile == shared.tiles.end) tile = shared.tiles.begin;
+      if (++tile == tiles.end) tile = tiles.begin;
     }
     if (kTakeTurns && warpgroup == 0) ptx::named_sync(2, 256);
     const Sequence& sequence = shared.sequence;
@@ -217,6 +219,7 @@ struct KeysBlock {
                        kk != 0);
     }
     wgmma::commit();
+    const bool masked = !contains(shared.whole[warpgroup], tile);
     float4 ahead[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) ahead[i] = statistics(from, i);
@@ -237,7 +240,7 @@ struct KeysBlock {
     }
     wgmma::wait<0>();
     wgmma::settle(g);
-    if (!contains(shared.whole[warpgroup], tile)) hide(s_t, g, warpgroup, tile);
+    if (masked) hide(s_t, g, warpgroup, tile);
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
       std::uint32_t a[4], e[4], ds[4];

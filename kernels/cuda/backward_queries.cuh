@@ -106,10 +106,12 @@ struct QueriesBlock {
   // Keys that no query of the sequence sees are rows of K in the second products, where a weight of
   // zero would not silence a NaN.
   __device__ __forceinline__ void clear_unseen(int stage, int first_key) const {
+    const Range seen = shared.seen;
+    if (first_key >= seen.begin && first_key + kBackwardRows <= seen.end) return;
     auto* panels = reinterpret_cast<std::uint8_t*>(&shared.stages[stage].k);
     for (int i = threadIdx.x; i < kPanels * kBackwardRows * 8; i += 256) {
       const int key = first_key + ((i >> 3) & (kBackwardRows - 1));
-      if (!contains(shared.seen, key)) {
+      if (!contains(seen, key)) {
         *reinterpret_cast<uint4*>(panels + 16 * i) = make_uint4(0, 0, 0, 0);
       }
     }
@@ -132,29 +134,28 @@ struct QueriesBlock {
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dq[i] = dr[i] = 0.f;
     RowSums sums{};
-    int tile = shared.tiles.begin;
+    const Range tiles = uniform(shared.tiles);
+    int tile = tiles.begin;
     if (!kOwnLoader && warpgroup == 1) {
 #pragma unroll 1
-      for (int i = 0; i < 2 && tile + i < shared.tiles.end; ++i) load(tile + i, i, 1);
+      for (int i = 0; i < 2 && tile + i < tiles.end; ++i) load(tile + i, i, 1);
     }
-    if (!shared.tiles.empty()) ptx::barrier_wait(&shared.queries_full, 0);
+    if (!tiles.empty()) ptx::barrier_wait(&shared.queries_full, 0);
     if (kTakeTurns && warpgroup == 1) ptx::named_arrive(2, 256);
     int stage = 0;
     int phase = 0;
 #pragma unroll 1
-    for (; tile < shared.tiles.end; ++tile) {
-      if (!kOwnLoader && warpgroup == 1 && tile + 2 < shared.tiles.end) {
+    for (; tile < tiles.end; ++tile) {
+      if (!kOwnLoader && warpgroup == 1 && tile + 2 < tiles.end) {
         // Into the stage that tile - 1 has left.
         load(tile + 2, stage == 0 ? kBackwardStages - 1 : stage - 1,
              stage == 0 ? phase ^ 1 : phase);
       }
+      const bool meets = contains(shared.visible[warpgroup], tile);
       ptx::barrier_wait(&shared.full[stage], phase);
-      const int first_key = tile * kBackwardRows;
-      if (first_key < shared.seen.begin || first_key + kBackwardRows > shared.seen.end) {
-        clear_unseen(stage, first_key);
-      }
+      if ((stage | phase) == 0 || tile + 1 == tiles.end) clear_unseen(stage, tile * kBackwardRows);
       if (kTakeTurns) ptx::named_sync(2 + warpgroup, 256);
-      if (contains(shared.visible[warpgroup], tile)) {
+      if (meets) {
         add_tile(s, g, t, dq, dr, sums, warpgroup, stage, tile);
       } else if (kTakeTurns) {
         ptx::named_arrive(2 + (warpgroup ^ 1), 256);
@@ -188,6 +189,7 @@ struct QueriesBlock {
     issue(s, q, k);
     issue(g, d_o, v);
     issue(t, r, k);
+    const bool masked = !contains(shared.whole[warpgroup], tile);
     const float4* own = &shared.statistics[own_query(warpgroup)];
     const float lse[2] = {ptx::load_shared(&own[0].x), ptx::load_shared(&own[8].x)};
     wgmma::wait<2>();
@@ -206,7 +208,7 @@ struct QueriesBlock {
     const float slope[2] = {ptx::load_shared(&own[0].w), ptx::load_shared(&own[8].w)};
     wgmma::wait<0>();
     wgmma::settle(t);
-    if (!contains(shared.whole[warpgroup], tile)) hide(s, g, t, warpgroup, tile);
+    if (masked) hide(s, g, t, warpgroup, tile);
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
       std::uint32_t e[4], ds[4];

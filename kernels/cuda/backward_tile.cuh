@@ -16,6 +16,10 @@ __device__ __forceinline__ bool contains(const Range& range, int n) {
   return n >= range.begin && n < range.end;
 }
 
+__device__ __forceinline__ Range uniform(const Range& range) {
+  return {ptx::uniform(range.begin), ptx::uniform(range.end)};
+}
+
 // The tiles of 64 rows that hold a row of the range.
 __device__ __forceinline__ Range tiles_over(const Range& rows) {
   if (rows.empty()) return {};
