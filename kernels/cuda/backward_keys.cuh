@@ -200,9 +200,12 @@ struct KeysBlock {
                                            float (&dk)[kHeadDim / 2], float (&dv)[kHeadDim / 2],
                                            int warpgroup, int stage, int tile) const {
     const auto& from = shared.stages[stage];
-    const std::uint32_t k = wgmma::descriptor(ptx::shared_address(shared.k[warpgroup]));
-    const std::uint32_t v = wgmma::descriptor(ptx::shared_address(shared.v[warpgroup]));
-    const std::uint32_t q = wgmma::descriptor(ptx::shared_address(&from), Shared::kPairPanel);
+    // Uniform, so that the steps from one product to the next cost no lane anything.
+    const std::uint32_t k =
+        ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.k[warpgroup])));
+    const std::uint32_t v = k + (2 * kPanels * kPanelBytes >> 4);
+    const std::uint32_t q =
+        ptx::uniform(wgmma::descriptor(ptx::shared_address(&from), Shared::kPairPanel));
     const std::uint32_t r = q + (kPanelBytes >> 4);
     const std::uint32_t d_o =
         q + (kPanels * Shared::kPairPanel >> 4) - ((Shared::kPairPanel - kPanelBytes) >> 4 << 16);

@@ -172,11 +172,14 @@ struct QueriesBlock {
                                            RowSums& sums, int warpgroup, int stage,
                                            int tile) const {
     const auto& from = shared.stages[stage];
-    const std::uint32_t q = wgmma::descriptor(ptx::shared_address(shared.q[warpgroup]));
-    const std::uint32_t r = wgmma::descriptor(ptx::shared_address(shared.r[warpgroup]));
-    const std::uint32_t d_o = wgmma::descriptor(ptx::shared_address(shared.d_o[warpgroup]));
-    const std::uint32_t k = wgmma::descriptor(ptx::shared_address(from.k), kPanelBytes);
-    const std::uint32_t v = wgmma::descriptor(ptx::shared_address(from.v));
+    // Uniform, so that the steps from one product to the next cost no lane anything.
+    const std::uint32_t q =
+        ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.q[warpgroup])));
+    const std::uint32_t r = q + (2 * kPanels * kPanelBytes >> 4);
+    const std::uint32_t d_o = r + (2 * kPanels * kPanelBytes >> 4);
+    const std::uint32_t k =
+        ptx::uniform(wgmma::descriptor(ptx::shared_address(from.k), kPanelBytes));
+    const std::uint32_t v = k + (kPanels * kPanelBytes >> 4);
     const auto issue = [&](float(&to)[32], std::uint32_t a, std::uint32_t b) {
 #pragma unroll
       for (int kk = 0; kk < kHeadDim / 16; ++kk) {
