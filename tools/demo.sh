@@ -10,6 +10,9 @@ parallax=build/parallax
 out=runs/demo
 marker=$out/.made-by-demo
 arms=(softmax softmax-matched parallax)
+# Threads that spin while they wait cost a busy machine most of its speed, and gain an idle one
+# little.
+export OMP_WAIT_POLICY=passive
 
 fail() {
   echo "demo: $*" >&2
