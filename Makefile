@@ -5,7 +5,7 @@ CMAKE := .venv/bin/cmake
 JOBS  ?= $(shell nproc)
 DATA  ?=
 
-.PHONY: help setup build demo test test-all fuzz sanitize bench-cpu format lint clean
+.PHONY: help setup build demo test test-all fuzz sanitize bench-cpu gpu format lint clean
 help:            ## list the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:[^#]*## /\t/' | expand -t 14
 
@@ -35,6 +35,9 @@ fuzz:            ## feed the parsers a million strange inputs each (RUNS=n; need
 
 sanitize: setup  ## kernels, parsers and trainer under address+undefined, threads under thread
 	@tools/sanitize.sh
+
+gpu:             ## check and time the CUDA kernels on this machine's GPU (PYTHON=a python with torch)
+	@tools/gpu.sh $(BUILD)
 
 format:          ## format the sources in place
 	@git ls-files '*.h' '*.cc' '*.cu' '*.cuh' | xargs clang-format-14 -i

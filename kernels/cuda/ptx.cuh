@@ -103,6 +103,13 @@ __device__ __forceinline__ bool elect_one() {
   return elected != 0;
 }
 
+// threadIdx.x, read anew at every call: a register less to keep alive across a main loop.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // A value that every lane already agrees on, in a form the compiler knows to be uniform.
 __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # ptxas_check.sh SPILL_BYTES COMPILER ARGS...: runs nvcc with -Xptxas=-v and fails where a kernel
-# spills more than SPILL_BYTES, wgmma is serialised (C7510) or setmaxnreg is ignored (C7508).
+# spills more than SPILL_BYTES, wgmma is serialised (C7510, C7512, C7514 ...) or setmaxnreg is ignored
+# (C7508).
 # Prints what nvcc said, without ptxas's own statistics unless something is wrong.
 set -uo pipefail
 budget=$1
 shift
 report=$("$@" 2>&1)
 status=$?
-wrong=$(grep -E 'C7508|C7510' <<<"$report"
+wrong=$(grep -E 'C7508|C7510|wgmma.mma_async instructions are serialized' <<<"$report"
         awk -v budget="$budget" '
           /Compiling entry function/ { kernel = $0 }
           /bytes spill/ {

@@ -14,6 +14,30 @@
 #include "kernels/cpu/forward.h"
 
 namespace parallax::tests {
+Tensor queries(const Case& c, const Values& values) {
+  Tensor tensor(c.problem, false);
+  tensor.set(values);
+  return tensor;
+}
+
+Tensor keys(const Case& c, const Values& values) {
+  Tensor tensor(c.problem, true);
+  tensor.set(values);
+  for (std::int64_t b = 0; b < c.problem.batch; ++b) {
+    for (std::int64_t j = 0; j < kv_len_of(c, b); ++j) {
+      bool seen = false;
+      for (std::int64_t i = 0; i < q_len_of(c, b) && !seen; ++i) seen = visible(c, b, i, j);
+      if (seen) continue;
+      if (c.problem.packed) {
+        tensor.poison(0, c.lengths.cu_seqlens_k[static_cast<std::size_t>(b)] + j);
+      } else {
+        tensor.poison(b, j);
+      }
+    }
+  }
+  return tensor;
+}
+
 namespace {
 
 // Scratch memory aligned as run() wants it, full of NaN, with a guard behind it.
@@ -66,31 +90,6 @@ class Statistics {
   std::vector<float> floats_;
   Values doubles_;
 };
-
-Tensor queries(const Case& c, const Values& values) {
-  Tensor tensor(c.problem, false);
-  tensor.set(values);
-  return tensor;
-}
-
-// Keys or values, poisoned where no query looks.
-Tensor keys(const Case& c, const Values& values) {
-  Tensor tensor(c.problem, true);
-  tensor.set(values);
-  for (std::int64_t b = 0; b < c.problem.batch; ++b) {
-    for (std::int64_t j = 0; j < kv_len_of(c, b); ++j) {
-      bool seen = false;
-      for (std::int64_t i = 0; i < q_len_of(c, b) && !seen; ++i) seen = visible(c, b, i, j);
-      if (seen) continue;
-      if (c.problem.packed) {
-        tensor.poison(0, c.lengths.cu_seqlens_k[static_cast<std::size_t>(b)] + j);
-      } else {
-        tensor.poison(b, j);
-      }
-    }
-  }
-  return tensor;
-}
 
 void expect_ok(const Status& status, const Case& c) {
   EXPECT_TRUE(status.ok()) << c.name << ": " << status.message();

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: MIT
+// The CUDA calls behind a C interface, so that a Python process can time them beside other
+// libraries' kernels through ctypes (bench_attention.py). Not a public interface.
+#include <cstdio>
+#include <cstring>
+
+#include "parallax/attention.h"
+
+namespace {
+
+struct Tensor {
+  void* data;
+  std::int64_t batch_stride, len_stride, head_stride;
+};
+
+template <class View>
+View view_of(const Tensor& tensor) {
+  return {tensor.data, tensor.batch_stride, tensor.len_stride, tensor.head_stride};
+}
+
+}  // namespace
+
+extern "C" {
+
+struct ParallaxCall {
+  std::int64_t batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim, window;
+  double scale;
+  std::int32_t causal, packed, fp16, device;
+  Tensor q, r, k, v, o, v_bar;
+  const std::int32_t* cu_seqlens_q;
+  const std::int32_t* cu_seqlens_k;
+  void* lse;
+  void* t_bar;
+  void* workspace;  // null: only *workspace_bytes is written
+  std::int64_t workspace_bytes;
+  char message[256];
+};
+
+// Plans, and runs if there is a workspace. 0 or, with a message, 1.
+__attribute__((visibility("default"))) int parallax_forward(ParallaxCall* call, void* stream) {
+  parallax::AttentionProblem problem;
+  problem.dtype = call->fp16 ? parallax::DType::kFloat16 : parallax::DType::kBFloat16;
+  problem.batch = call->batch;
+  problem.q_len = call->q_len;
+  problem.kv_len = call->kv_len;
+  problem.num_q_heads = call->num_q_heads;
+  problem.num_kv_heads = call->num_kv_heads;
+  problem.head_dim = call->head_dim;
+  problem.scale = call->scale;
+  problem.causal = call->causal != 0;
+  problem.window = call->window;
+  problem.packed = call->packed != 0;
+  parallax::Device device;
+  parallax::ForwardPlan plan;
+  parallax::Status status = parallax::query_device(call->device, &device);
+  if (status.ok()) status = parallax::plan(problem, device, &plan);
+  if (status.ok()) {
+    call->workspace_bytes = static_cast<std::int64_t>(workspace_bytes(plan));
+    if (call->workspace == nullptr) return 0;
+    parallax::ForwardArgs args;
+    args.q = view_of<parallax::ConstView>(call->q);
+    args.r = view_of<parallax::ConstView>(call->r);
+    args.k = view_of<parallax::ConstView>(call->k);
+    args.v = view_of<parallax::ConstView>(call->v);
+    args.o = view_of<parallax::View>(call->o);
+    args.v_bar = view_of<parallax::View>(call->v_bar);
+    args.sequences.cu_seqlens_q = call->cu_seqlens_q;
+    args.sequences.cu_seqlens_k = call->cu_seqlens_k;
+    args.lse = call->lse;
+    args.t_bar = call->t_bar;
+    status = run(plan, args, call->workspace, stream);
+  }
+  if (status.ok()) return 0;
+  std::snprintf(call->message, sizeof(call->message), "%s", status.message().c_str());
+  return 1;
+}
+}

@@ -1,0 +1,223 @@
+// SPDX-License-Identifier: MIT
+// The host half of the Hopper forward: what it takes, its tensor maps, its launch.
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "cuda/element.h"
+#include "cuda/forward.h"
+#include "cuda/launch.h"
+#include "cuda/plan.h"
+#include "cuda/schedule.h"
+
+namespace parallax {
+namespace {
+
+constexpr std::size_t kWorkspaceAlignment = 256;
+constexpr std::int64_t kMaxLen = (1 << 30) - 256;  // masks add two lengths in 32 bits
+constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
+
+std::int64_t ceil_div64(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// Query tiles of all sequences and heads; packed, where lengths are on the device, at most.
+std::int64_t max_tickets(const AttentionProblem& problem) {
+  const int queries = forward_tile(padded_head_dim(problem.head_dim)).queries();
+  const std::int64_t tiles = problem.packed ? problem.q_len / queries + problem.batch
+                                            : problem.batch * ceil_div64(problem.q_len, queries);
+  return tiles * problem.num_q_heads;
+}
+
+// A view {head_dim, len, heads, batch} as the copy engine sees it. An axis of one element may have
+// any stride in the caller's view.
+TensorMapSpec spec_of(const AttentionProblem& problem, const ConstView& view, std::int64_t len,
+                      std::int64_t heads) {
+  TensorMapSpec spec;
+  spec.dtype = problem.dtype;
+  spec.data = view.data;
+  spec.rank = 4;
+  const std::int64_t sizes[] = {problem.head_dim, len, heads, problem.packed ? 1 : problem.batch};
+  const std::int64_t strides[] = {1, view.len_stride, view.head_stride, view.batch_stride};
+  for (int i = 0; i < 4; ++i) {
+    spec.sizes[i] = sizes[i];
+    spec.strides[i] = sizes[i] == 1 ? 8 : strides[i];
+    spec.box[i] = 1;
+  }
+  spec.box[0] = 64;
+  return spec;
+}
+
+// q and r interleaved by eights in one map, {columns of all heads, row, q | r, 8-row group, batch}:
+// possible where both have the same strides and lie a multiple of 16 bytes apart. Rows of a group
+// are counted from any row on, so that a packed sequence may begin anywhere; the map itself does
+// not bound them, hence only tiles whose rows all exist are read through it.
+bool interleave(const AttentionProblem& problem, const ForwardTile& tile, const ConstView& q,
+                const ConstView& r, TensorMapSpec* spec, ForwardParams* params) {
+  const int padded = padded_head_dim(problem.head_dim);
+  const bool same_strides =
+      q.len_stride == r.len_stride && q.head_stride == r.head_stride &&
+      (problem.packed || problem.batch == 1 || q.batch_stride == r.batch_stride);
+  const bool r_first = r.data < q.data;
+  // Columns beyond head_dim would be the next head's; halves change places only in registers.
+  if (!same_strides || problem.head_dim != padded || (r_first && !tile.q_in_registers) ||
+      problem.q_len < tile.queries() || q.head_stride < 0) {
+    return false;
+  }
+  const auto* low = static_cast<const char*>(r_first ? r.data : q.data);
+  const auto* high = static_cast<const char*>(r_first ? q.data : r.data);
+  *spec = spec_of(problem, q, problem.q_len, 1);
+  spec->data = low;
+  spec->rank = 5;
+  spec->sizes[0] = (problem.num_q_heads - 1) * q.head_stride + problem.head_dim;
+  spec->sizes[4] = spec->sizes[3];
+  spec->strides[4] = spec->strides[3];
+  spec->sizes[2] = 2;
+  spec->strides[2] = (high - low) / 2;
+  spec->sizes[3] = tile.queries() / 8;
+  spec->strides[3] = 8 * q.len_stride;
+  const int box[] = {64, 8, 2, tile.queries() / 8, 1};
+  std::copy(box, box + 5, spec->box);
+  if ((high - low) % 16 != 0 || spec->sizes[0] > kMaxInt || !tensor_map_obstacle(*spec).empty()) {
+    return false;
+  }
+  params->interleaved = true;
+  params->r_first = r_first;
+  params->head_columns = static_cast<int>(q.head_stride);
+  return true;
+}
+
+Status encode_maps(const AttentionProblem& problem, const ForwardTile& tile,
+                   const ForwardArgs& args, ForwardMaps* maps, ForwardParams* params) {
+  TensorMapSpec q = spec_of(problem, args.q, problem.q_len, problem.num_q_heads);
+  TensorMapSpec r = spec_of(problem, args.r, problem.q_len, problem.num_q_heads);
+  q.box[1] = r.box[1] = 8;
+  if (Status s = encode_tensor_map(q, "q", &maps->q); !s.ok()) return s;
+  if (Status s = encode_tensor_map(r, "r", &maps->r); !s.ok()) return s;
+  // Without keys nothing is loaded through their maps; q stands in for tensors of no elements.
+  const bool no_keys = problem.kv_len == 0;
+  TensorMapSpec k = no_keys ? q : spec_of(problem, args.k, problem.kv_len, problem.num_kv_heads);
+  TensorMapSpec v = no_keys ? q : spec_of(problem, args.v, problem.kv_len, problem.num_kv_heads);
+  k.box[1] = v.box[1] = tile.keys;
+  if (Status s = encode_tensor_map(k, "k", &maps->k); !s.ok()) return s;
+  if (Status s = encode_tensor_map(v, "v", &maps->v); !s.ok()) return s;
+  TensorMapSpec both;
+  if (!interleave(problem, tile, args.q, args.r, &both, params)) return {};
+  return encode_tensor_map(both, "q and r", &maps->q_and_r);
+}
+
+// Rows of an output are written 16 bytes at a time.
+Status check_output(const char* name, const View& view) {
+  const bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+                       view.batch_stride % 8 == 0 && view.len_stride % 8 == 0 &&
+                       view.head_stride % 8 == 0;
+  if (aligned) return {};
+  return Status::invalid_argument(std::string(name) +
+                                  ": its address must be a multiple of 16 bytes and its strides "
+                                  "multiples of 8 elements");
+}
+
+template <class T>
+Status launch(int padded, const ForwardMaps& maps, const ForwardParams& params, int blocks,
+              cudaStream_t stream) {
+  switch (padded) {
+    case 64:
+      return launch_forward<T, 64>(maps, params, blocks, stream);
+    case 128:
+      return launch_forward<T, 128>(maps, params, blocks, stream);
+    default:
+      return launch_forward<T, 256>(maps, params, blocks, stream);
+  }
+}
+
+}  // namespace
+
+namespace cuda {
+
+Status plan_forward(const AttentionProblem& problem, const Device& device, ForwardPlan* plan) {
+  if (device.compute_capability != 90) {
+    return Status::unsupported(
+        "forward: compute capability " + std::to_string(device.compute_capability / 10) + "." +
+        std::to_string(device.compute_capability % 10) + " has no kernel, 9.0 (Hopper) has");
+  }
+  if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
+    return Status::unsupported("dtype: CUDA kernels take bf16 and fp16");
+  }
+  if (problem.scale < 0) return Status::unsupported("scale: CUDA kernels take scale >= 0");
+  const std::int64_t tickets = max_tickets(problem);
+  // The copy engine's coordinates and the tickets are 32-bit; offsets in memory are not.
+  if (tickets > kMaxInt - device.num_sms || problem.q_len > kMaxLen || problem.kv_len > kMaxLen ||
+      problem.batch >= kMaxInt) {
+    return Status::unsupported(
+        "forward: q_len and kv_len must stay below 2^30, batch and the number of query tiles below "
+        "2^31");
+  }
+  plan->problem = problem;
+  plan->device = device;
+  plan->num_tasks = tickets;
+  plan->workspace_bytes = kWorkspaceAlignment;
+  if (problem.packed) plan->workspace_bytes += sizeof(int) * (2 * problem.batch + 1);
+  return {};
+}
+
+}  // namespace cuda
+
+Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, Stream stream) {
+  const AttentionProblem& problem = plan.problem;
+  if (args.pages.table != nullptr) {
+    return Status::unsupported("pages: the CUDA forward reads contiguous k and v");
+  }
+  if (problem.batch == 0 || problem.q_len == 0) return {};
+  if (Status s = check_output("o", args.o); !s.ok()) return s;
+  if (Status s = check_output("v_bar", args.v_bar); !s.ok()) return s;
+  const int padded = padded_head_dim(problem.head_dim);
+  const ForwardTile tile = forward_tile(padded);
+
+  ForwardParams params;
+  params.problem = problem;
+  params.problem.window = std::min(problem.window, kMaxLen);  // which is no window
+  params.sequences = args.sequences;
+  params.o = args.o;
+  params.v_bar = args.v_bar;
+  params.lse = static_cast<float*>(args.lse);
+  params.t_bar = static_cast<float*>(args.t_bar);
+  // Positive, so that a hidden logit of -inf stays -inf.
+  params.scale_log2 = std::max(static_cast<float>(problem.scale * M_LOG2E), 1e-37f);
+  params.num_heads = static_cast<int>(problem.num_q_heads);
+  params.group = static_cast<int>(problem.num_q_heads / problem.num_kv_heads);
+  params.section_keys = section_keys(static_cast<int>(problem.head_dim));
+  auto* memory = static_cast<int*>(workspace);
+  params.next_ticket = memory;
+
+  ForwardMaps maps;
+  if (Status s = encode_maps(problem, tile, args, &maps, &params); !s.ok()) return s;
+
+  const DeviceScope scope(plan.device.index);
+  if (!scope.status().ok()) return scope.status();
+  auto* cuda_stream = static_cast<cudaStream_t>(stream);
+  if (problem.packed) {
+    params.num_sequences = static_cast<int>(problem.batch);
+    int* order = memory + kWorkspaceAlignment / sizeof(int);
+    int* first_ticket = order + problem.batch;
+    params.sequence_order = order;
+    params.first_ticket = first_ticket;
+    if (Status s = launch_forward_order(problem, args.sequences, tile.queries(), params.next_ticket,
+                                        order, first_ticket, cuda_stream);
+        !s.ok()) {
+      return s;
+    }
+  } else {
+    params.num_tickets = static_cast<int>(plan.num_tasks);
+    params.num_q_tiles = static_cast<int>(ceil_div64(problem.q_len, tile.queries()));
+    params.num_pairs = static_cast<int>(problem.batch * problem.num_q_heads);
+    params.section = section_pairs(params.section_keys, static_cast<int>(problem.kv_len),
+                                   params.group, params.num_pairs);
+    const cudaError_t error = cudaMemsetAsync(params.next_ticket, 0, sizeof(int), cuda_stream);
+    if (Status s = check_cuda(error, "forward: cudaMemsetAsync"); !s.ok()) return s;
+  }
+  const int blocks = static_cast<int>(std::min<std::int64_t>(plan.device.num_sms, plan.num_tasks));
+  return problem.dtype == DType::kFloat16 ? launch<fp16>(padded, maps, params, blocks, cuda_stream)
+                                          : launch<bf16>(padded, maps, params, blocks, cuda_stream);
+}
+
+}  // namespace parallax

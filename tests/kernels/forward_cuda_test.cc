@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: MIT
+// The Hopper forward against the definition, against the float64 CPU kernel where that takes too
+// long, and against what must be exactly so. Skips itself on a machine without a Hopper GPU.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <thread>
+
+#include "tests/kernels/cpu_call.h"
+#include "tests/kernels/cuda_call.h"
+
+namespace parallax::tests {
+namespace {
+
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
+constexpr double kLargestError = 4e-3;  // of o, relative, Frobenius
+
+class ForwardCuda : public testing::Test {
+ protected:
+  void SetUp() override {
+    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
+  }
+};
+
+Case case_of(const AttentionProblem& problem, Data data = Data::kZeroMean, Lengths lengths = {}) {
+  Case c{"case", problem, std::move(lengths), random_inputs(problem, data, 11)};
+  c.inputs.d_o.clear();
+  return c;
+}
+
+double relative_error(const Values& ours, const Values& exact) {
+  double difference = 0;
+  double size = 0;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    difference += (ours[i] - exact[i]) * (ours[i] - exact[i]);
+    size += exact[i] * exact[i];
+  }
+  return size == 0 ? std::sqrt(difference) : std::sqrt(difference / size);
+}
+
+Results exact_on_cpu(Case c) {
+  c.problem.dtype = DType::kFloat64;
+  return cpu_forward(c, {static_cast<int>(std::thread::hardware_concurrency()), 0});
+}
+
+void expect_close(const Case& c, const Results& ours, const Results& exact) {
+  const std::string name =
+      c.name + ", " + name_of(c.problem.dtype) + ", head_dim " + std::to_string(c.problem.head_dim);
+  EXPECT_LE(relative_error(ours.o, exact.o), kLargestError) << name;
+  EXPECT_LE(relative_error(ours.v_bar, exact.v_bar), kLargestError) << name;
+  EXPECT_LE(distance(ours.lse, exact.lse), 1e-4 * std::max(1.0, largest(exact.t_bar))) << name;
+  EXPECT_LE(distance(ours.t_bar, exact.t_bar), 1e-4 * std::max(1.0, largest(exact.t_bar))) << name;
+}
+
+TEST_F(ForwardCuda, HoldsTheErrorRule) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {8, 40, 64, 96, 128, 200, 256}) {
+      for (Data data : {Data::kZeroMean, Data::kShifted}) {
+        for (Case& c : all_cases(dtype, head_dim, data, 203)) {
+          c.inputs.d_o.clear();
+          const Results ours = cuda_forward(c);
+          EXPECT_EQ(error_rule(c, ours), "") << name_of(dtype) << ", head_dim " << head_dim;
+          EXPECT_LE(relative_error(ours.o, oracle(c).o), kLargestError)
+              << c.name << ", " << name_of(dtype) << ", head_dim " << head_dim;
+        }
+      }
+    }
+  }
+}
+
+TEST_F(ForwardCuda, LongRowsStayWithinTheError) {
+  struct Shape {
+    std::int64_t q_len, kv_len, group, window;
+    bool causal;
+  };
+  const Shape shapes[] = {{1023, 1024, 1, 0, true},   {1024, 1023, 3, 0, true},
+                          {1023, 1024, 1, 0, false},  {4097, 4097, 1, 0, true},
+                          {2000, 2000, 4, 200, true}, {700, 1900, 8, 1024, true},
+                          {64, 4097, 8, 0, true},     {4097, 640, 1, 0, false}};
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    for (Data data : {Data::kZeroMean, Data::kShifted}) {
+      for (const Shape& shape : shapes) {
+        AttentionProblem problem =
+            problem_of(DType::kBFloat16, 1, shape.q_len, shape.kv_len, shape.group, 1, head_dim);
+        problem.causal = shape.causal;
+        problem.window = shape.window;
+        Case c = case_of(problem, data);
+        c.name = std::to_string(shape.q_len) + "x" + std::to_string(shape.kv_len) + ", window " +
+                 std::to_string(shape.window);
+        expect_close(c, cuda_forward(c), exact_on_cpu(c));
+      }
+    }
+  }
+}
+
+TEST_F(ForwardCuda, PackedSequencesOfAllLengths) {
+  std::vector<std::int32_t> q_lens;
+  std::vector<std::int32_t> kv_lens;
+  for (int i = 0; i < 40; ++i) {
+    q_lens.push_back(i * 37 % 211);
+    kv_lens.push_back(i * 53 % 307);
+  }
+  q_lens.push_back(1500);
+  kv_lens.push_back(1500);
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    const Case c = [&] {
+      Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 3, 1, head_dim), q_lens,
+                                kv_lens, Data::kShifted, 3);
+      packed.inputs.d_o.clear();
+      return packed;
+    }();
+    expect_close(c, cuda_forward(c), exact_on_cpu(c));
+  }
+}
+
+TEST_F(ForwardCuda, ManySequencesAreSortedInRuns) {
+  const std::vector<std::int32_t> q_lens(2500, 3);
+  std::vector<std::int32_t> kv_lens;
+  for (int i = 0; i < 2500; ++i) kv_lens.push_back(i % 17);
+  Case c = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 2, 1, 64), q_lens, kv_lens,
+                       Data::kZeroMean, 3);
+  c.inputs.d_o.clear();
+  expect_close(c, cuda_forward(c), exact_on_cpu(c));
+}
+
+// The interleaved map, the same with q and r exchanged, and boxes of eight rows load the same tile.
+TEST_F(ForwardCuda, WhereQAndRLieDoesNotChangeABit) {
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    const Case c = case_of(problem_of(DType::kBFloat16, 2, 200, 200, 2, 1, head_dim));
+    const Results above = cuda_forward(c), below = cuda_forward(c, {true, true});
+    EXPECT_EQ(above.o, below.o) << head_dim;
+    EXPECT_EQ(above.t_bar, below.t_bar) << head_dim;
+  }
+}
+
+TEST_F(ForwardCuda, PackedEqualsEachSequenceAlone) {
+  const Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 2, 1, 128), {5, 170, 1},
+                                  {9, 170, 130}, Data::kShifted, 3);
+  const Results together = cuda_forward(packed);
+  for (std::size_t b = 0; b < 3; ++b) {
+    const auto cut = [&](const Values& values, const std::vector<std::int32_t>& offsets,
+                         std::int64_t row) {
+      return Values(values.begin() + offsets[b] * row, values.begin() + offsets[b + 1] * row);
+    };
+    const Lengths& lengths = packed.lengths;
+    Case alone;
+    alone.problem = problem_of(DType::kBFloat16, 1, q_len_of(packed, static_cast<std::int64_t>(b)),
+                               kv_len_of(packed, static_cast<std::int64_t>(b)), 2, 1, 128);
+    alone.inputs.q = cut(packed.inputs.q, lengths.cu_seqlens_q, 256);
+    alone.inputs.r = cut(packed.inputs.r, lengths.cu_seqlens_q, 256);
+    alone.inputs.k = cut(packed.inputs.k, lengths.cu_seqlens_k, 128);
+    alone.inputs.v = cut(packed.inputs.v, lengths.cu_seqlens_k, 128);
+    EXPECT_EQ(cuda_forward(alone).o, cut(together.o, lengths.cu_seqlens_q, 256));
+  }
+}
+
+TEST_F(ForwardCuda, ZeroProbeIsSoftmaxAttention) {
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    Case c = case_of(problem_of(DType::kBFloat16, 2, 200, 300, 4, 2, head_dim));
+    std::fill(c.inputs.r.begin(), c.inputs.r.end(), 0.0);
+    const Results ours = cuda_forward(c);
+    EXPECT_EQ(ours.o, ours.v_bar) << head_dim;
+    EXPECT_EQ(ours.t_bar, Values(ours.t_bar.size(), 0.0)) << head_dim;
+  }
+}
+
+TEST_F(ForwardCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {64, 128, 256}) {
+      AttentionProblem problem = problem_of(dtype, 1, 300, 300, 1, 1, head_dim);
+      problem.window = 1;
+      const Case c = case_of(problem, Data::kShifted);
+      const Results ours = cuda_forward(c);
+      EXPECT_EQ(ours.o, c.inputs.v) << name_of(dtype) << head_dim;
+      EXPECT_EQ(ours.v_bar, c.inputs.v) << name_of(dtype) << head_dim;
+    }
+  }
+}
+
+TEST_F(ForwardCuda, ARowThatSeesNoKeyGivesZeros) {
+  Lengths lengths;
+  lengths.kv_lens = {3, 0};
+  const Case c = case_of(problem_of(DType::kBFloat16, 2, 5, 8, 1, 1, 64), Data::kShifted, lengths);
+  const Results ours = cuda_forward(c);
+  for (std::size_t row = 0; row < 10; ++row) {
+    const bool sees_none = row < 2 || row >= 5;
+    EXPECT_EQ(ours.lse[row] == -kInfinity, sees_none);
+    if (!sees_none) continue;
+    EXPECT_EQ(ours.t_bar[row], 0.0);
+    for (std::size_t d = 0; d < 64; ++d) EXPECT_EQ(ours.o[row * 64 + d], 0.0);
+  }
+}
+
+TEST_F(ForwardCuda, NothingToDoIsNoError) {
+  for (auto [batch, q_len, kv_len] : {std::tuple{0, 4, 4}, {2, 0, 4}, {2, 4, 0}, {0, 0, 0}}) {
+    const Case c = case_of(problem_of(DType::kBFloat16, batch, q_len, kv_len, 2, 1, 64));
+    EXPECT_EQ(cuda_forward(c).o, Values(c.inputs.q.size(), 0.0));
+  }
+}
+
+TEST_F(ForwardCuda, OutputsThatNobodyAskedForChangeNothing) {
+  const Case c = case_of(problem_of(DType::kBFloat16, 1, 100, 100, 2, 1, 128));
+  EXPECT_EQ(cuda_forward(c).o, cuda_forward(c, {false, false}).o);
+}
+
+// More tiles than the GPU takes at once, drawn by whichever CTA is free.
+TEST_F(ForwardCuda, AHundredRunsGiveTheSameBits) {
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    CudaForward call(case_of(problem_of(DType::kBFloat16, 4, 777, 777, 16, 4, head_dim)));
+    ASSERT_TRUE(call.run(nullptr).ok());
+    const Results first = call.results();
+    for (int i = 0; i < 100; ++i) {
+      if (i % 10 == 0) call.poison_outputs();
+      ASSERT_TRUE(call.run(nullptr).ok());
+    }
+    const Results last = call.results();
+    EXPECT_EQ(first.o, last.o);
+    EXPECT_EQ(first.lse, last.lse);
+    EXPECT_EQ(first.t_bar, last.t_bar);
+  }
+}
+
+TEST_F(ForwardCuda, RunsOnAnyStreamAndInGraphs) {
+  const Case batched = case_of(problem_of(DType::kBFloat16, 2, 300, 300, 4, 2, 128));
+  Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 3, 1, 128), {70, 0, 300},
+                            {70, 5, 300}, Data::kShifted, 3);
+  for (const Case& c : {batched, packed}) {
+    const Results expected = cuda_forward(c);
+    CudaForward call(c);
+    cudaStream_t stream = nullptr;
+    ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    ASSERT_TRUE(call.run(stream).ok());
+    EXPECT_EQ(call.results().o, expected.o);
+
+    call.poison_outputs();
+    cudaGraph_t graph = nullptr;
+    cudaGraphExec_t executable = nullptr;
+    ASSERT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
+    ASSERT_TRUE(call.run(stream).ok());
+    ASSERT_EQ(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+    ASSERT_EQ(cudaGraphInstantiate(&executable, graph, 0), cudaSuccess);
+    for (int i = 0; i < 3; ++i) ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
+    EXPECT_EQ(call.results().o, expected.o);
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+    cudaStreamDestroy(stream);
+  }
+}
+
+// q, r and o of 2.4e9 elements each: values are all 1, so must be every row of o.
+TEST_F(ForwardCuda, TensorsBeyond2To31Elements) {
+  constexpr std::int64_t kLen = 262144, kHeads = 72, kHeadDim = 128;
+  constexpr std::size_t kElements = std::size_t{kLen} * kHeads * kHeadDim;
+  std::size_t free_bytes = 0;
+  std::size_t total_bytes = 0;
+  ASSERT_EQ(cudaMemGetInfo(&free_bytes, &total_bytes), cudaSuccess);
+  if (free_bytes < 7 * kElements) GTEST_SKIP() << "needs 17 GB of device memory";
+  AttentionProblem problem = problem_of(DType::kBFloat16, 1, kLen, kLen, kHeads, 1, kHeadDim);
+  problem.window = 64;
+  DeviceMemory q_and_r(4 * kElements), k(2 * kLen * kHeadDim), v(2 * kLen * kHeadDim),
+      o(2 * kElements);
+  ASSERT_EQ(cudaMemset(q_and_r.data(), 0, q_and_r.size()), cudaSuccess);
+  ASSERT_EQ(cudaMemset(k.data(), 0, k.size()), cudaSuccess);
+  ASSERT_EQ(cudaMemset(v.data(), 0x3f, v.size()), cudaSuccess);  // 0.747
+  ForwardPlan call;
+  ASSERT_TRUE(plan(problem, cuda_device(), &call).ok());
+  DeviceMemory workspace(workspace_bytes(call));
+  const std::int64_t q_row = kHeads * kHeadDim;
+  ForwardArgs args;
+  args.q = {q_and_r.data(), kLen * q_row, q_row, kHeadDim};
+  args.r = {static_cast<char*>(q_and_r.data()) + 2 * kElements, kLen * q_row, q_row, kHeadDim};
+  args.k = {k.data(), kLen * kHeadDim, kHeadDim, kHeadDim};
+  args.v = {v.data(), kLen * kHeadDim, kHeadDim, kHeadDim};
+  args.o = {o.data(), kLen * q_row, q_row, kHeadDim};
+  const Status status = run(call, args, workspace.data(), nullptr);
+  ASSERT_TRUE(status.ok()) << status.message();
+  std::vector<std::uint16_t> rows(static_cast<std::size_t>(64 * q_row));
+  for (std::int64_t first : {std::int64_t{0}, std::int64_t{233016}, kLen - 64}) {
+    ASSERT_EQ(cudaMemcpy(rows.data(), static_cast<char*>(o.data()) + 2 * first * q_row,
+                         2 * rows.size(), cudaMemcpyDeviceToHost),
+              cudaSuccess);
+    EXPECT_TRUE(std::all_of(rows.begin(), rows.end(), [](auto x) { return x == 0x3f3f; })) << first;
+  }
+}
+
+TEST_F(ForwardCuda, RefusesWhatTheCopyEngineCannotTake) {
+  AttentionProblem problem = problem_of(DType::kBFloat16, 1, 64, 64, 1, 1, 64);
+  ForwardPlan call;
+  ASSERT_TRUE(plan(problem, cuda_device(), &call).ok());
+  DeviceMemory memory(1 << 20);
+  const View good{memory.data(), 4096, 64, 64};
+  const auto refusal = [&](auto change) {
+    ForwardArgs args;
+    args.q = args.r = args.k = args.v = {memory.data(), 4096, 64, 64};
+    args.o = good;
+    change(&args);
+    return run(call, args, memory.data(), nullptr);
+  };
+  EXPECT_TRUE(refusal([](ForwardArgs*) {}).ok());
+  const Status odd_stride = refusal([](ForwardArgs* args) { args->k.len_stride = 65; });
+  EXPECT_EQ(odd_stride.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(odd_stride.message().find("k: "), std::string::npos) << odd_stride.message();
+  const Status odd_address =
+      refusal([](ForwardArgs* args) { args->v.data = static_cast<const char*>(args->v.data) + 8; });
+  EXPECT_EQ(odd_address.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(odd_address.message().find("v: "), std::string::npos) << odd_address.message();
+  const Status odd_output = refusal([](ForwardArgs* args) { args->o.len_stride = 68; });
+  EXPECT_EQ(odd_output.code(), StatusCode::kInvalidArgument);
+  EXPECT_NE(odd_output.message().find("o: "), std::string::npos) << odd_output.message();
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+}  // namespace
+}  // namespace parallax::tests
