@@ -263,6 +263,7 @@ struct ForwardConsumer {
   const ForwardParams& params;
   Shared& shared;
   int warpgroup;
+  bool leads;         // one lane of the warp
   unsigned used = 0;  // K and V tiles consumed so far
 
   float s[kKeys / 2];  // s[4 i + e]: logit, then p; s[4 i + 2 + e]: probe, then w
@@ -297,7 +298,7 @@ struct ForwardConsumer {
   }
 
   __device__ __forceinline__ void release(std::uint64_t* barrier) const {
-    if (ptx::elect_one()) ptx::barrier_arrive(barrier);
+    if (leads) ptx::barrier_arrive(barrier);
   }
 
   // -- products
@@ -319,7 +320,8 @@ struct ForwardConsumer {
   }
 
   __device__ __forceinline__ void multiply_keys(unsigned stage) {
-    const std::uint32_t keys = wgmma::descriptor(ptx::shared_address(shared.k[stage]));
+    const std::uint32_t keys =
+        wgmma::descriptor(ptx::shared_address(shared.k[0])) + stage * (Shared::kKeyBytes >> 4);
     const std::uint32_t rows =
         wgmma::descriptor(ptx::shared_address(shared.packed) + warpgroup * 8192);
 #pragma unroll
@@ -337,7 +339,8 @@ struct ForwardConsumer {
 
   __device__ __forceinline__ void multiply_values(unsigned stage) {
     const std::uint32_t values =
-        wgmma::descriptor(ptx::shared_address(shared.v[stage]), Shared::kKeyPanel);
+        wgmma::descriptor(ptx::shared_address(shared.v[0]), Shared::kKeyPanel) +
+        stage * (Shared::kKeyBytes >> 4);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       wgmma::Products<T, kHeadDim>::template register_a<1>(o, p[4 * k], p[4 * k + 1], p[4 * k + 2],
@@ -400,15 +403,21 @@ struct ForwardConsumer {
     d2 += even + odd;
   }
 
-  // Makes m at least `top`, lazily: by the warp, and only if some row has outgrown its m by kSlack.
-  __device__ __forceinline__ void raise(float top) {
-    if (!__any_sync(0xffffffffu, top > m + kSlack)) return;
-    const float raised = fmaxf(m, top);
-    const float factor = ptx::exp2(m - raised);
-    m = raised;
-    d1 *= factor;
-    d2 *= factor;
-    scale_sums(factor);
+  // A tile that every row sees whole, once m and c are set. m is raised lazily: by the warp, if
+  // some row has outgrown it by kSlack. Returns whether o must be scaled by *factor.
+  __device__ __forceinline__ bool softmax_interior(float* factor) {
+    const float top = tile_max() * params.scale_log2;
+    const bool grown = __any_sync(0xffffffffu, top > m + kSlack);
+    if (grown) {
+      const float raised = fmaxf(m, top);
+      *factor = ptx::exp2(m - raised);
+      m = raised;
+      d1 *= *factor;
+      d2 *= *factor;
+    }
+    d1 += exponentials(m);
+    weighted_probes();
+    return grown;
   }
 
   // Any tile: hides what the row does not see, and moves the centre c of a row that has met few
@@ -552,11 +561,11 @@ struct ForwardConsumer {
       scale_sums(edge.factor);
       shift_sums(edge.shift);
     } else {
-      const float top = tile_max() * params.scale_log2;
+      float factor = 1.0f;
+      const bool grown = softmax_interior(&factor);
       finish_values(last);
-      raise(top);
-      d1 += exponentials(m);
-      weighted_probes();
+      wgmma::settle(s);
+      if (grown) scale_sums(factor);
     }
     round_weights();
     if constexpr (kEdge) clear_values(info, tile);
@@ -654,18 +663,20 @@ struct ForwardConsumer {
         __syncwarp();
         release(&shared.packed_empty);
       }
-      int tile = ptx::uniform(info.tiles.first + info.tiles.count) - 1;
+      const int first_tile = ptx::uniform(info.tiles.first);
+      const int interior_begin = ptx::uniform(info.interior[warpgroup].begin);
+      const int interior_end = ptx::uniform(info.interior[warpgroup].end);
+      int tile = first_tile + ptx::uniform(info.tiles.count) - 1;
       m = -INFINITY;
       d1 = d2 = c = 0.0f;
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
-      if (tile >= info.tiles.first) {
+      if (tile >= first_tile) {
         first_step(info, tile);
         ++used;
 #pragma unroll 1
-        for (--tile; tile >= ptx::uniform(info.tiles.first); --tile, ++used) {
-          const Range& interior = info.interior[warpgroup];
-          if (ptx::uniform(tile >= interior.begin && tile < interior.end)) {
+        for (--tile; tile >= first_tile; --tile, ++used) {
+          if (tile >= interior_begin && tile < interior_end) {
             step<false>(info, tile);
           } else {
             step<true>(info, tile);
@@ -715,7 +726,7 @@ __global__ void __launch_bounds__(forward_tile(kHeadDim).threads(), 1)
     }
   } else {
     ptx::take_registers<kTile.consumer_registers>();
-    ForwardConsumer<T, kHeadDim> consumer{params, shared, warpgroup};
+    ForwardConsumer<T, kHeadDim> consumer{params, shared, warpgroup, threadIdx.x % 32 == 0};
     consumer.run();
   }
 }
