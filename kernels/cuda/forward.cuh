@@ -734,13 +734,16 @@ __global__ void __launch_bounds__(forward_tile(kHeadDim).threads(), 1)
 template <class T, int kHeadDim>
 Status launch_forward(const ForwardMaps& maps, const ForwardParams& params, int blocks,
                       cudaStream_t stream) {
+  constexpr ForwardTile kTile = forward_tile(kHeadDim);
   constexpr int kSharedBytes = sizeof(ForwardShared<kHeadDim>);
+  static_assert(128 * (kTile.warpgroups * kTile.consumer_registers + kTile.producer_registers) <=
+                65536);
   static_assert(kSharedBytes <= 227 * 1024);
   const auto kernel = forward_kernel<T, kHeadDim>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (Status s = check_cuda(error, "forward: cudaFuncSetAttribute"); !s.ok()) return s;
-  kernel<<<blocks, forward_tile(kHeadDim).threads(), kSharedBytes, stream>>>(maps, params);
+  kernel<<<blocks, kTile.threads(), kSharedBytes, stream>>>(maps, params);
   return check_cuda(cudaGetLastError(), "forward: launch");
 }
 

@@ -92,18 +92,56 @@ Status encode_maps(const AttentionProblem& problem, const ForwardTile& tile,
   TensorMapSpec q = spec_of(problem, args.q, problem.q_len, problem.num_q_heads);
   TensorMapSpec r = spec_of(problem, args.r, problem.q_len, problem.num_q_heads);
   q.box[1] = r.box[1] = 8;
-  if (Status s = encode_tensor_map(q, "q", &maps->q); !s.ok()) return s;
-  if (Status s = encode_tensor_map(r, "r", &maps->r); !s.ok()) return s;
   // Without keys nothing is loaded through their maps; q stands in for tensors of no elements.
   const bool no_keys = problem.kv_len == 0;
   TensorMapSpec k = no_keys ? q : spec_of(problem, args.k, problem.kv_len, problem.num_kv_heads);
   TensorMapSpec v = no_keys ? q : spec_of(problem, args.v, problem.kv_len, problem.num_kv_heads);
   k.box[1] = v.box[1] = tile.keys;
-  if (Status s = encode_tensor_map(k, "k", &maps->k); !s.ok()) return s;
-  if (Status s = encode_tensor_map(v, "v", &maps->v); !s.ok()) return s;
+  const struct {
+    const char* name;
+    const TensorMapSpec& spec;
+    CUtensorMap* map;
+  } all[] = {{"q", q, &maps->q}, {"r", r, &maps->r}, {"k", k, &maps->k}, {"v", v, &maps->v}};
+  for (const auto& [name, spec, map] : all) {
+    const std::string obstacle = tensor_map_obstacle(spec);
+    if (!obstacle.empty()) return Status::invalid_argument(std::string(name) + ": " + obstacle);
+  }
+  for (const auto& [name, spec, map] : all) {
+    if (Status s = encode_tensor_map(spec, name, map); !s.ok()) return s;
+  }
   TensorMapSpec both;
   if (!interleave(problem, tile, args.q, args.r, &both, params)) return {};
   return encode_tensor_map(both, "q and r", &maps->q_and_r);
+}
+
+Status check_arguments(const ForwardPlan& plan, const ForwardArgs& args, const void* workspace) {
+  if (plan.device.kind != Device::Kind::kCuda) {
+    return Status::invalid_argument(
+        "plan: made for the CPU; run it with the overload that takes a ParallelFor");
+  }
+  if (args.pages.table != nullptr) {
+    return Status::unsupported("page_table: the CUDA forward reads contiguous k and v");
+  }
+  const bool has_keys = plan.problem.kv_len > 0;
+  const struct {
+    const char* name;
+    const void* data;
+    bool needed;
+  } all[] = {{"q", args.q.data, true},
+             {"r", args.r.data, true},
+             {"k", args.k.data, has_keys},
+             {"v", args.v.data, has_keys},
+             {"o", args.o.data, true},
+             {"workspace", workspace, true},
+             {"cu_seqlens_q", args.sequences.cu_seqlens_q, plan.problem.packed},
+             {"cu_seqlens_k", args.sequences.cu_seqlens_k, plan.problem.packed}};
+  for (const auto& [name, data, needed] : all) {
+    if (needed && data == nullptr) {
+      return Status::invalid_argument(std::string(name) +
+                                      ": expected device memory, got a null pointer");
+    }
+  }
+  return {};
 }
 
 // Rows of an output are written 16 bytes at a time.
@@ -164,10 +202,8 @@ Status plan_forward(const AttentionProblem& problem, const Device& device, Forwa
 
 Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, Stream stream) {
   const AttentionProblem& problem = plan.problem;
-  if (args.pages.table != nullptr) {
-    return Status::unsupported("pages: the CUDA forward reads contiguous k and v");
-  }
   if (problem.batch == 0 || problem.q_len == 0) return {};
+  if (Status s = check_arguments(plan, args, workspace); !s.ok()) return s;
   if (Status s = check_output("o", args.o); !s.ok()) return s;
   if (Status s = check_output("v_bar", args.v_bar); !s.ok()) return s;
   const int padded = padded_head_dim(problem.head_dim);
