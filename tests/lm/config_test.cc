@@ -131,6 +131,20 @@ TEST(Config, NamesImpossibleValuesAndShapes) {
   EXPECT_THAT(error_of("[model]\nmatch_to = \"a.toml\"\n"), HasSubstr("belong together"));
 }
 
+// Found by fuzzing: toml++ takes such characters for impossible.
+TEST(Config, NamesWhatStandsWhereAKeyBelongs) {
+  for (const std::string text : {"\u047eW", "[\u00e9]", "seed = \u00e9", "\u00a1 = 1", "[=]"}) {
+    EXPECT_NE(error_of(text), "no error") << text;
+  }
+}
+
+// Found by fuzzing: a suggestion took time with the square of the key's length.
+TEST(Config, SuggestsNothingForKeysBeyondAnyTypingSlip) {
+  const std::string key(1 << 20, 'k');
+  EXPECT_EQ(error_of("[model]\n" + key + " = 1"),
+            "run.toml: unknown key " + ("model." + key).substr(0, 64) + "...");
+}
+
 TEST(Config, NamesTheLineOfBadToml) {
   EXPECT_THAT(error_of("[model]\nhead_dim = \n"), HasSubstr("run.toml: line 2: "));
   EXPECT_THAT(error_of("[model]\nhead_dim = 8\nhead_dim = 8\n"), HasSubstr("run.toml: line 3: "));
