@@ -52,7 +52,7 @@ tbody tr:last-child td { border-bottom: 0; }
 .legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: .9rem; margin: .8rem 0 .2rem; }
 svg { display: block; max-width: 100%; height: auto; font-family: inherit; fill: var(--ink); }
 svg .tick, svg .axis { fill: var(--soft); }
-.narrow { display: none; }
+.narrow { display: none; } .narrow svg { width: 100%; }
 .heads { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: .9rem; margin: .5rem 0 1rem; }
 figure { margin: 0; }
 .heads img { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; background: var(--card);
