@@ -22,11 +22,18 @@ fail() {
   exit 1
 }
 
-start_fresh() {
+# Nothing of an earlier demo goes before this one can start.
+check() {
   [ -x $parallax ] || fail "$parallax is not built: run 'make demo', or 'make build' first"
   if [ -e $out ] && [ ! -e $marker ]; then
     fail "$out is there but no demo made it: move it away, then try again"
   fi
+  for path in "$@"; do
+    [ -e "$path" ] || fail "no file or folder '$path': name text to train on in DATA=..."
+  done
+}
+
+start_fresh() {
   mkdir -p $out
   touch $marker
   for name in data "${arms[@]}"; do rm -rf "${out:?}/$name"; done
@@ -58,6 +65,7 @@ trap 'fail "stopped; the runs so far are in $out"' INT TERM
 
 prompt=
 [ $# -gt 0 ] || prompt="def "
+check "$@"
 start_fresh
 tokenize "$@"
 train softmax configs/tiny-softmax.toml
