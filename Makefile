@@ -13,6 +13,7 @@ setup:           ## install what is missing (Debian packages, .venv)
 	@tools/setup.sh
 
 build: setup     ## build everything into build/
+	@mkdir -p $(BUILD)
 	@$(CMAKE) -S . -B $(BUILD) -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv/bin/ninja >$(BUILD)/configure.log 2>&1 \
 	  || { cat $(BUILD)/configure.log; exit 1; }
 	@$(CMAKE) --build $(BUILD) -j $(JOBS)
