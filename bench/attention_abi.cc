@@ -26,7 +26,7 @@ struct ParallaxCall {
   std::int64_t batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim, window;
   double scale;
   std::int32_t causal, packed, fp16, device;
-  Tensor q, r, k, v, o, v_bar;
+  Tensor q, r, k, v, o, v_bar, d_o, dq, dr, dk, dv;
   const std::int32_t* cu_seqlens_q;
   const std::int32_t* cu_seqlens_k;
   void* lse;
@@ -35,43 +35,78 @@ struct ParallaxCall {
   std::int64_t workspace_bytes;
   char message[256];
 };
+}
+
+namespace {
+
+parallax::AttentionProblem problem_of(const ParallaxCall& call) {
+  parallax::AttentionProblem problem;
+  problem.dtype = call.fp16 ? parallax::DType::kFloat16 : parallax::DType::kBFloat16;
+  problem.batch = call.batch;
+  problem.q_len = call.q_len;
+  problem.kv_len = call.kv_len;
+  problem.num_q_heads = call.num_q_heads;
+  problem.num_kv_heads = call.num_kv_heads;
+  problem.head_dim = call.head_dim;
+  problem.scale = call.scale;
+  problem.causal = call.causal != 0;
+  problem.window = call.window;
+  problem.packed = call.packed != 0;
+  return problem;
+}
+
+// What the arguments of both passes have in common.
+template <class Args>
+Args args_of(const ParallaxCall& call) {
+  Args args;
+  args.q = view_of<parallax::ConstView>(call.q);
+  args.r = view_of<parallax::ConstView>(call.r);
+  args.k = view_of<parallax::ConstView>(call.k);
+  args.v = view_of<parallax::ConstView>(call.v);
+  args.sequences.cu_seqlens_q = call.cu_seqlens_q;
+  args.sequences.cu_seqlens_k = call.cu_seqlens_k;
+  args.lse = call.lse;
+  args.t_bar = call.t_bar;
+  return args;
+}
 
 // Plans, and runs if there is a workspace. 0 or, with a message, 1.
-__attribute__((visibility("default"))) int parallax_forward(ParallaxCall* call, void* stream) {
-  parallax::AttentionProblem problem;
-  problem.dtype = call->fp16 ? parallax::DType::kFloat16 : parallax::DType::kBFloat16;
-  problem.batch = call->batch;
-  problem.q_len = call->q_len;
-  problem.kv_len = call->kv_len;
-  problem.num_q_heads = call->num_q_heads;
-  problem.num_kv_heads = call->num_kv_heads;
-  problem.head_dim = call->head_dim;
-  problem.scale = call->scale;
-  problem.causal = call->causal != 0;
-  problem.window = call->window;
-  problem.packed = call->packed != 0;
+template <class Plan, class Args>
+int plan_and_run(ParallaxCall* call, const Args& args, void* stream) {
   parallax::Device device;
-  parallax::ForwardPlan plan;
+  Plan plan;
   parallax::Status status = parallax::query_device(call->device, &device);
-  if (status.ok()) status = parallax::plan(problem, device, &plan);
+  if (status.ok()) status = parallax::plan(problem_of(*call), device, &plan);
   if (status.ok()) {
     call->workspace_bytes = static_cast<std::int64_t>(workspace_bytes(plan));
     if (call->workspace == nullptr) return 0;
-    parallax::ForwardArgs args;
-    args.q = view_of<parallax::ConstView>(call->q);
-    args.r = view_of<parallax::ConstView>(call->r);
-    args.k = view_of<parallax::ConstView>(call->k);
-    args.v = view_of<parallax::ConstView>(call->v);
-    args.o = view_of<parallax::View>(call->o);
-    args.v_bar = view_of<parallax::View>(call->v_bar);
-    args.sequences.cu_seqlens_q = call->cu_seqlens_q;
-    args.sequences.cu_seqlens_k = call->cu_seqlens_k;
-    args.lse = call->lse;
-    args.t_bar = call->t_bar;
     status = run(plan, args, call->workspace, stream);
   }
   if (status.ok()) return 0;
   std::snprintf(call->message, sizeof(call->message), "%s", status.message().c_str());
   return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int parallax_forward(ParallaxCall* call, void* stream) {
+  auto args = args_of<parallax::ForwardArgs>(*call);
+  args.o = view_of<parallax::View>(call->o);
+  args.v_bar = view_of<parallax::View>(call->v_bar);
+  return plan_and_run<parallax::ForwardPlan>(call, args, stream);
+}
+
+__attribute__((visibility("default"))) int parallax_backward(ParallaxCall* call, void* stream) {
+  auto args = args_of<parallax::BackwardArgs>(*call);
+  args.o = view_of<parallax::ConstView>(call->o);
+  args.v_bar = view_of<parallax::ConstView>(call->v_bar);
+  args.d_o = view_of<parallax::ConstView>(call->d_o);
+  args.dq = view_of<parallax::View>(call->dq);
+  args.dr = view_of<parallax::View>(call->dr);
+  args.dk = view_of<parallax::View>(call->dk);
+  args.dv = view_of<parallax::View>(call->dv);
+  return plan_and_run<parallax::BackwardPlan>(call, args, stream);
 }
 }

@@ -33,7 +33,8 @@ class Call(ctypes.Structure):
          ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "window")]
         + [("scale", ctypes.c_double)]
         + [(name, ctypes.c_int32) for name in ("causal", "packed", "fp16", "device")]
-        + [(name, Tensor) for name in ("q", "r", "k", "v", "o", "v_bar")]
+        + [(name, Tensor) for name in
+           ("q", "r", "k", "v", "o", "v_bar", "d_o", "dq", "dr", "dk", "dv")]
         + [(name, ctypes.c_void_p) for name in
            ("cu_seqlens_q", "cu_seqlens_k", "lse", "t_bar", "workspace")]
         + [("workspace_bytes", ctypes.c_int64), ("message", ctypes.c_char * 256)]
