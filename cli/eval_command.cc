@@ -24,7 +24,7 @@ struct Options {
   std::int64_t seq_len = 0;
   std::int64_t batch_size = 0;
   std::int64_t num_batches = 0;
-  std::string device = "auto";
+  std::string device;
   bool json = false;
 };
 
@@ -77,7 +77,7 @@ void run(const Options& options) {
   const lm::LoadedModel loaded = lm::load_model(options.run);
   const lm::Dataset dataset = open_split(options, loaded);
   const lm::Config& config = loaded.config;
-  loaded.model->to(lm::resolve_device(options.device));
+  lm::place_model(*loaded.model, loaded.config.train, options.device);
   const std::vector<lm::Batch> batches = lm::validation_batches(
       dataset, options.seq_len > 0 ? options.seq_len : config.data.seq_len,
       options.batch_size > 0 ? options.batch_size : config.train.batch_size, options.num_batches);
@@ -112,8 +112,8 @@ void add_eval(CLI::App& app) {
       ->check(CLI::PositiveNumber);
   command->add_option("--batches", options->num_batches, "At most so many, spread over the split")
       ->check(CLI::PositiveNumber);
-  command->add_option("--device", options->device, "auto, cpu, cuda or cuda:N")
-      ->capture_default_str();
+  command->add_option("--device", options->device,
+                      "auto, cpu, cuda or cuda:N; as in training where left out");
   command->add_flag("--json", options->json, "Print the result as JSON");
   command->callback([options] { run(*options); });
 }

@@ -19,7 +19,7 @@ struct Options {
   std::string run;
   std::string prompt;
   lm::GenerateOptions generation;
-  std::string device = "auto";
+  std::string device;
   bool json = false;
 };
 
@@ -47,7 +47,7 @@ void print_json(const Options& options, const lm::Generation& result) {
 
 void run(const Options& options) {
   const lm::LoadedModel loaded = lm::load_model(options.run);
-  loaded.model->to(lm::resolve_device(options.device));
+  lm::place_model(*loaded.model, loaded.config.train, options.device);
   lm::OnText on_text;
   if (!options.json) {
     std::cout << lm::to_utf8(options.prompt) << std::flush;
@@ -88,8 +88,8 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--seed", sampling.seed, "The same seed gives the same text")
       ->capture_default_str();
-  command->add_option("--device", options->device, "auto, cpu, cuda or cuda:N")
-      ->capture_default_str();
+  command->add_option("--device", options->device,
+                      "auto, cpu, cuda or cuda:N; as in training where left out");
   command->add_flag("--json", options->json, "Print the result as JSON, at the end");
   command->callback([options] { run(*options); });
 }

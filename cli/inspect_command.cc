@@ -17,7 +17,7 @@ namespace {
 struct Options {
   std::string run;
   std::string text;
-  std::string device = "auto";
+  std::string device;
   bool json = false;
 };
 
@@ -36,7 +36,7 @@ void print_text(const std::vector<lm::HeadStatistics>& heads, std::int64_t first
 
 void run(const Options& options) {
   const lm::LoadedModel loaded = lm::load_model(options.run);
-  loaded.model->to(lm::resolve_device(options.device));
+  lm::place_model(*loaded.model, loaded.config.train, options.device);
   const at::Tensor tokens = at::tensor(loaded.tokenizer->encode(options.text), at::kLong);
   const std::vector<lm::HeadStatistics> heads = lm::analyze_heads(*loaded.model, tokens);
   if (options.json) {
@@ -56,8 +56,8 @@ void add_inspect(CLI::App& app) {
       ->add_option("run", options->run, "Run folder (its newest checkpoint) or checkpoint folder")
       ->required();
   command->add_option("--text", options->text, "2 to 256 tokens")->required();
-  command->add_option("--device", options->device, "auto, cpu, cuda or cuda:N")
-      ->capture_default_str();
+  command->add_option("--device", options->device,
+                      "auto, cpu, cuda or cuda:N; as in training where left out");
   command->add_flag("--json", options->json, "Print the figures as JSON");
   command->callback([options] { run(*options); });
 }

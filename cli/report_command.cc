@@ -77,6 +77,8 @@ void add_report(CLI::App& app) {
   command->add_option("--heads", report.num_heads, "Number of heads to picture")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
+  command->add_option("--device", report.device,
+                      "auto, cpu, cuda or cuda:N; as in training where left out");
   command->add_flag("--json", options->json, "Print the figures as JSON instead of the table");
   command->callback([options] { run(*options); });
 }

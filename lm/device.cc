@@ -31,4 +31,12 @@ at::Device resolve_device(const std::string& name) {
   return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index));
 }
 
+void place_model(CausalLm& model, const TrainConfig& train, const std::string& device) {
+  const std::string usual = train.device == "cpu" ? "cpu" : "auto";
+  const at::Device place = resolve_device(device.empty() ? usual : device);
+  const bool needs_bfloat16 = place.is_cuda() && model.config().mixer == "parallax";
+  model.compute_in(needs_bfloat16 || train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
+  model.to(place);
+}
+
 }  // namespace parallax::lm

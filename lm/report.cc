@@ -63,7 +63,7 @@ std::shared_ptr<const Dataset> open_dataset(const Config& config, const std::str
   }
 }
 
-OpenRun open_run(const fs::path& folder, const std::string& name,
+OpenRun open_run(const fs::path& folder, const std::string& name, const std::string& device,
                  std::vector<std::string>& remarks) {
   check_run_folder(folder);
   OpenRun run;
@@ -74,7 +74,7 @@ OpenRun open_run(const fs::path& folder, const std::string& name,
     remarks.push_back(name + ": no checkpoint yet, so there is no score, sample or attention");
   } else {
     run.loaded = load_model(folder);
-    run.loaded->model->to(resolve_device("auto"));
+    place_model(*run.loaded->model, run.loaded->config.train, device);
     reported.config = run.loaded->config;
     reported.step = run.loaded->step;
     run.dataset = open_dataset(reported.config, name, remarks);
@@ -229,7 +229,7 @@ Report gather_report(const std::vector<fs::path>& runs, const ReportOptions& opt
   std::vector<OpenRun> open;
   const std::vector<std::string> names = run_names(runs);
   for (std::size_t i = 0; i < runs.size(); ++i) {
-    open.push_back(open_run(runs[i], names[i], report.remarks));
+    open.push_back(open_run(runs[i], names[i], options.device, report.remarks));
     score(open.back(), options, progress);
   }
   add_comparison_remarks(open, report.remarks);

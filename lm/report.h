@@ -25,6 +25,7 @@ struct ReportOptions {
   std::uint64_t seed = 0;
   std::string text;            // for the attention pictures; empty: from the validation split
   std::int64_t num_heads = 4;  // to picture
+  std::string device;          // as place_model() takes it
 };
 
 struct ReportedRun {
