@@ -22,6 +22,7 @@ struct Options {
   std::vector<std::string> overrides;
   std::int64_t seq_len = 0;  // 0: data.seq_len
   bool json = false;
+  bool fields = false;
 };
 
 // What a model costs, in the order in which it is printed.
@@ -114,7 +115,16 @@ void print_text(const lm::Match& match, const Costs& costs, std::int64_t seq_len
       megabytes(costs.memory.activations));
 }
 
+void print_fields() {
+  for (const lm::FieldHelp& field : lm::config_fields()) {
+    std::printf("%-30s %-28s %s\n", field.key.c_str(), field.default_value.c_str(),
+                field.help.c_str());
+  }
+}
+
 void run(const Options& options) {
+  if (options.fields) return print_fields();
+  if (options.config.empty()) throw CLI::RequiredError("--config");
   lm::Config config = lm::load_config(options.config, options.overrides);
   // Where a length is asked for, everything is reckoned at it, the match included.
   if (options.seq_len > 0) config.data.seq_len = options.seq_len;
@@ -130,12 +140,14 @@ void add_model(CLI::App& app) {
   auto options = std::make_shared<Options>();
   CLI::App* command = app.add_subcommand(
       "model", "Parameters, tensor shapes, FLOPs per token and memory of a configured model");
-  command->add_option("--config", options->config, "Config file")->required();
+  command->add_option("--config", options->config, "Config file");
   command->add_option("--set", options->overrides, "section.key=value, overrides the config")
       ->take_all();
   command->add_option("--seq-len", options->seq_len, "Instead of data.seq_len")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 32));
   command->add_flag("--json", options->json, "As JSON");
+  command->add_flag("--fields", options->fields,
+                    "Instead: every field of a config, its default and what it means");
   command->callback([options] { run(*options); });
 }
 

@@ -209,7 +209,7 @@ class AdamW {
 
   // `count`: updates so far, this one among them.
   void step(std::int64_t count, double lr_scale, double wd_scale) {
-    std::vector<at::Tensor> values, grads, exp_avgs, exp_avg_sqs, counts;
+    std::vector<at::Tensor> values, grads, exp_avgs, exp_avg_sqs;
     for (std::size_t i = 0; i < parameters_.size(); ++i) {
       const at::Tensor& value = parameters_[i].value;
       if (!value.grad().defined()) continue;
@@ -217,9 +217,10 @@ class AdamW {
       grads.push_back(value.grad());
       exp_avgs.push_back(exp_avg_[i]);
       exp_avg_sqs.push_back(exp_avg_sq_[i]);
-      counts.push_back(at::full({}, static_cast<double>(count), value.options()));
     }
     if (values.empty()) return;
+    const at::Tensor count_tensor = at::full({}, static_cast<double>(count), values[0].options());
+    const std::vector<at::Tensor> counts(values.size(), count_tensor);
     at::_fused_adamw_(values, grads, exp_avgs, exp_avg_sqs, {}, counts, lr_ * lr_scale,
                       config_.beta1, config_.beta2, weight_decay_ * wd_scale, config_.eps,
                       /*amsgrad=*/false, /*maximize=*/false);

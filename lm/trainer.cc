@@ -13,6 +13,7 @@
 #include "lm/error.h"
 #include "lm/evaluator.h"
 #include "lm/files.h"
+#include "lm/mixers/attention.h"
 #include "lm/run_folder.h"
 #include "lm/schedule.h"
 
@@ -78,6 +79,10 @@ bool is_finite(const at::Tensor& tensor) {
 
 bool is_due(std::int64_t step, std::int64_t every) { return every > 0 && step % every == 0; }
 
+at::ScalarType compute_dtype(const Config& config) {
+  return config.train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
+}
+
 std::shared_ptr<CausalLm> make_model(const Config& config, const Tokenizer& tokenizer,
                                      at::Device device) {
   if (config.model.vocab_size < tokenizer.vocab_size()) {
@@ -88,7 +93,7 @@ std::shared_ptr<CausalLm> make_model(const Config& config, const Tokenizer& toke
   auto model =
       std::make_shared<CausalLm>(config.model, static_cast<std::uint64_t>(config.train.seed));
   model->to(device);
-  model->compute_in(config.train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
+  model->compute_in(compute_dtype(config));
   return model;
 }
 
@@ -119,6 +124,8 @@ struct Trainer::Impl {
       }
       restore();
     }
+    notes.push_back("attention: " + attention_backend(config.model, at::device(device).dtype(
+                                                                        compute_dtype(config))));
     write_run_files(run, config, optimizer.assignments());
     metrics = std::make_unique<MetricsWriter>(run, state.step);
   }

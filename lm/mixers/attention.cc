@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "lm/mixers/attention.h"
 
+#include <ATen/SDPBackend.h>
+
 namespace parallax::lm {
 
 Attention::Attention(const ModelConfig& config) : config_(config) {
@@ -66,6 +68,31 @@ at::Tensor Attention::forward_cached(const at::Tensor& x, const Rope& rope, KvCa
 std::shared_ptr<Mixer> make_mixer(const ModelConfig& config) {
   if (config.mixer == "parallax") return std::make_shared<ParallaxAttention>(config);
   return std::make_shared<SoftmaxAttention>(config);
+}
+
+std::string attention_backend(const ModelConfig& config, at::TensorOptions options) {
+  if (config.mixer == "parallax") {
+    return std::string("parallax::attention on ") + (options.device().is_cpu() ? "CPU" : "CUDA");
+  }
+  constexpr std::int64_t kLen = 128;  // the choice does not hang on it
+  const auto heads = [&](std::int64_t count) {
+    return at::zeros({1, count, kLen, config.head_dim}, options).requires_grad_();
+  };
+  const at::Tensor k = heads(config.num_kv_heads);
+  const auto choice = static_cast<at::SDPBackend>(
+      at::_fused_sdp_choice(heads(config.num_q_heads), k, k, {}, 0.0, /*is_causal=*/true, {},
+                            /*enable_gqa=*/config.num_q_heads != config.num_kv_heads));
+  const std::string name = "LibTorch's scaled_dot_product_attention, ";
+  switch (choice) {
+    case at::SDPBackend::flash_attention:
+      return name + "flash attention";
+    case at::SDPBackend::efficient_attention:
+      return name + "memory-efficient attention";
+    case at::SDPBackend::cudnn_attention:
+      return name + "cuDNN attention";
+    default:
+      return name + "in separate operations";
+  }
 }
 
 }  // namespace parallax::lm

@@ -5,6 +5,8 @@
 // x.
 #pragma once
 
+#include <string>
+
 #include "lm/mixers/mixer.h"
 
 namespace parallax::lm {
@@ -53,5 +55,8 @@ class ParallaxAttention final : public Attention {
   at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
                            std::int64_t layer) override;
 };
+
+// What such a model attends with on tensors of these options, in words for a log.
+std::string attention_backend(const ModelConfig& config, at::TensorOptions options);
 
 }  // namespace parallax::lm

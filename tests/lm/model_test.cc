@@ -8,6 +8,7 @@
 #include <set>
 
 #include "lm/error.h"
+#include "lm/mixers/attention.h"
 #include "lm/optimizer.h"
 
 namespace parallax::lm {
@@ -211,6 +212,13 @@ TEST_P(BothMixers, LossByRowIsTheMeanTakenApart) {
   const at::Tensor log_p = at::log_softmax(model.logits(model.hidden(x)), -1);
   const double expected = -log_p[1][9][y[1][9].item<std::int64_t>()].item<double>();
   EXPECT_NEAR(rows[1][9].item<double>(), expected, 1e-5);
+}
+
+TEST_P(BothMixers, SaysWhatRunsAttention) {
+  const bool softmax = std::string(GetParam()) == "softmax";
+  EXPECT_EQ(attention_backend(small_config(GetParam()), at::kFloat),
+            softmax ? "LibTorch's scaled_dot_product_attention, flash attention"
+                    : "parallax::attention on CPU");
 }
 
 TEST_P(BothMixers, AttentionInputsAreThoseOfTheLayer) {
