@@ -64,17 +64,6 @@ inline void store(float x, Float16* to) {
   to->bits = static_cast<std::uint16_t>(sign | half);
 }
 
-// A row of n elements as arithmetic wants it: itself, or converted into `buffer`.
-template <class T>
-const RealOf<T>* load_row(const T* row, std::int64_t n, RealOf<T>* buffer) {
-  if constexpr (std::is_same_v<T, RealOf<T>>) {
-    return row;
-  } else {
-    for (std::int64_t i = 0; i < n; ++i) buffer[i] = load(row[i]);
-    return buffer;
-  }
-}
-
 inline std::size_t element_bytes(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }

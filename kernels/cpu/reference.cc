@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstdint>
 
-#include "cpu/element.h"
 #include "parallax/mask.h"
 #include "parallax/paged_kv.h"
 #include "parallax/state.h"
@@ -19,95 +18,83 @@ constexpr int kMaxHeadDim = 256;
 constexpr int kBlock = 64;
 
 // Eight independent sums, which a compiler may keep in one register. n is a multiple of 8.
-template <class Real>
-Real dot(const Real* a, const Real* b, std::int64_t n) {
-  Real sums[8] = {};
+double dot(const double* a, const double* b, std::int64_t n) {
+  double sums[8] = {};
   for (std::int64_t i = 0; i < n; i += 8) {
     for (int lane = 0; lane < 8; ++lane) sums[lane] += a[i + lane] * b[i + lane];
   }
-  Real sum = 0;
-  for (Real lane : sums) sum += lane;
+  double sum = 0;
+  for (double lane : sums) sum += lane;
   return sum;
 }
 
 // y += a x
-template <class Real>
-void add_scaled(Real a, const Real* x, std::int64_t n, Real* y) {
+void add_scaled(double a, const double* x, std::int64_t n, double* y) {
   for (std::int64_t i = 0; i < n; ++i) y[i] += a * x[i];
 }
 
 // One head of k or v of one sequence.
-template <class T>
 class KvHead {
  public:
-  KvHead(const ConstView& view, const PageTable& pages, const Sequence& sequence, std::int64_t head,
-         std::int64_t head_dim)
-      : base_(static_cast<const T*>(view.data) + head * view.head_stride),
-        rows_(kv_rows(view.batch_stride, view.len_stride, pages, sequence)),
-        head_dim_(head_dim) {}
+  KvHead(const ConstView& view, const PageTable& pages, const Sequence& sequence, std::int64_t head)
+      : base_(static_cast<const double*>(view.data) + head * view.head_stride),
+        rows_(kv_rows(view.batch_stride, view.len_stride, pages, sequence)) {}
 
-  const RealOf<T>* load(int j, RealOf<T>* buffer) const {
-    return load_row(base_ + rows_.offset(j), head_dim_, buffer);
-  }
+  const double* row(int j) const { return base_ + rows_.offset(j); }
 
  private:
-  const T* base_;
+  const double* base_;
   KvRows rows_;
-  std::int64_t head_dim_;
 };
 
-template <class T, class Void>
+template <class Void>
 auto* row_of(const BasicView<Void>& view, const Sequence& sequence, std::int64_t head, int i) {
-  using Element = std::conditional_t<std::is_const_v<Void>, const T, T>;
+  using Element = std::conditional_t<std::is_const_v<Void>, const double, double>;
   return static_cast<Element*>(view.data) + head * view.head_stride +
          sequence.q_row(view.batch_stride, view.len_stride, i);
 }
 
-template <class T>
-T* kv_row_of(const View& view, const Sequence& sequence, std::int64_t head, int j) {
-  return static_cast<T*>(view.data) + head * view.head_stride +
+double* kv_row_of(const View& view, const Sequence& sequence, std::int64_t head, int j) {
+  return static_cast<double*>(view.data) + head * view.head_stride +
          sequence.kv_row(view.batch_stride, view.len_stride, j);
 }
 
-template <class Real>
 struct ForwardRow {
-  RowState<Real> state;
-  Real centre = 0;
-  Real o1[kMaxHeadDim];
-  Real o2[kMaxHeadDim];
+  RowState<double> state;
+  double centre = 0;
+  double o1[kMaxHeadDim];
+  double o2[kMaxHeadDim];
 };
 
 // The online pass over the keys of one row (docs/math.md sections 3 and 4).
-template <class T, class Real = RealOf<T>>
-void forward_row(const Real* q, const Real* r, const KvHead<T>& k, const KvHead<T>& v, Range keys,
-                 Real scale, std::int64_t head_dim, ForwardRow<Real>* row) {
+void forward_row(const double* q, const double* r, const KvHead& k, const KvHead& v, Range keys,
+                 double scale, std::int64_t head_dim, ForwardRow* row) {
   row->state = {};
   row->centre = 0;
-  std::fill_n(row->o1, head_dim, Real(0));
-  std::fill_n(row->o2, head_dim, Real(0));
-  Real buffer[kMaxHeadDim];
-  Real s[kBlock], t[kBlock];
+  std::fill_n(row->o1, head_dim, 0.0);
+  std::fill_n(row->o2, head_dim, 0.0);
+  double s[kBlock], t[kBlock];
   for (int begin = keys.begin; begin < keys.end; begin += kBlock) {
     const int size = std::min(kBlock, keys.end - begin);
     for (int j = 0; j < size; ++j) {
-      const Real* key = k.load(begin + j, buffer);
+      const double* key = k.row(begin + j);
       s[j] = scale * dot(q, key, head_dim);
       t[j] = dot(r, key, head_dim);
     }
     if (begin == keys.begin) {
-      Real sum = 0;
+      double sum = 0;
       for (int j = 0; j < size; ++j) sum += t[j];
-      row->centre = sum / Real(size);
+      row->centre = sum / size;
     }
-    const Real factor = row->state.raise(*std::max_element(s, s + size));
+    const double factor = row->state.raise(*std::max_element(s, s + size));
     for (std::int64_t d = 0; d < head_dim; ++d) {
       row->o1[d] *= factor;
       row->o2[d] *= factor;
     }
     for (int j = 0; j < size; ++j) {
-      const Real p = std::exp(s[j] - row->state.m);
-      const Real w = p * (t[j] - row->centre);
-      const Real* value = v.load(begin + j, buffer);
+      const double p = std::exp(s[j] - row->state.m);
+      const double w = p * (t[j] - row->centre);
+      const double* value = v.row(begin + j);
       row->state.add(p, w);
       add_scaled(p, value, head_dim, row->o1);
       add_scaled(w, value, head_dim, row->o2);
@@ -115,7 +102,7 @@ void forward_row(const Real* q, const Real* r, const KvHead<T>& k, const KvHead<
   }
 }
 
-// Calls body(sequence, head, worker) for every head of every sequence, in parallel.
+// Calls body(sequence, head) for every head of every sequence, in parallel.
 template <class Body>
 void for_each_head(const AttentionProblem& problem, const Sequences& sequences,
                    std::int64_t num_heads, const ParallelFor& parallel_for, const Body& body) {
@@ -126,41 +113,8 @@ void for_each_head(const AttentionProblem& problem, const Sequences& sequences,
   });
 }
 
-template <class T>
-void forward(const AttentionProblem& problem, const ForwardArgs& args,
-             const ParallelFor& parallel_for) {
-  using Real = RealOf<T>;
-  const std::int64_t head_dim = problem.head_dim;
-  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  auto* lse = static_cast<Real*>(args.lse);
-  auto* t_bar = static_cast<Real*>(args.t_bar);
-  const auto head_task = [&](const Sequence& sequence, std::int64_t h) {
-    const KvHead<T> k(args.k, args.pages, sequence, h / group, head_dim);
-    const KvHead<T> v(args.v, args.pages, sequence, h / group, head_dim);
-    Real q_buffer[kMaxHeadDim], r_buffer[kMaxHeadDim];
-    ForwardRow<Real> row;
-    for (int i = 0; i < sequence.mask.q_len; ++i) {
-      const Real* q = load_row(row_of<T>(args.q, sequence, h, i), head_dim, q_buffer);
-      const Real* r = load_row(row_of<T>(args.r, sequence, h, i), head_dim, r_buffer);
-      forward_row(q, r, k, v, sequence.mask.keys(i), Real(problem.scale), head_dim, &row);
-      const Finalized<Real> result = finalize(row.state, row.centre);
-      T* o = row_of<T>(args.o, sequence, h, i);
-      for (std::int64_t d = 0; d < head_dim; ++d) store(result.o(row.o1[d], row.o2[d]), o + d);
-      if (args.v_bar.data) {
-        T* v_bar = row_of<T>(args.v_bar, sequence, h, i);
-        for (std::int64_t d = 0; d < head_dim; ++d) store(result.v_bar(row.o1[d]), v_bar + d);
-      }
-      const std::int64_t index = row_index(problem, sequence, h, i);
-      if (lse) lse[index] = result.lse;
-      if (t_bar) t_bar[index] = result.t_bar;
-    }
-  };
-  for_each_head(problem, args.sequences, problem.num_q_heads, parallel_for, head_task);
-}
-
 // Writes a row's state in the exported form: float, uncentred (docs/math.md section 4).
-template <class Real>
-void export_state(const AttentionProblem& problem, ForwardRow<Real>& row, std::int64_t index,
+void export_state(const AttentionProblem& problem, ForwardRow& row, std::int64_t index,
                   std::int64_t vector_index, const StateView& out) {
   row.state.uncentre(row.centre);
   out.m[index] = static_cast<float>(row.state.m);
@@ -174,88 +128,46 @@ void export_state(const AttentionProblem& problem, ForwardRow<Real>& row, std::i
   }
 }
 
-template <class T>
-void decode(const AttentionProblem& problem, const DecodeArgs& args,
-            const ParallelFor& parallel_for) {
-  using Real = RealOf<T>;
-  const std::int64_t head_dim = problem.head_dim;
-  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  auto* lse = static_cast<Real*>(args.lse);
-  auto* t_bar = static_cast<Real*>(args.t_bar);
-  const auto head_task = [&](const Sequence& sequence, std::int64_t h) {
-    const KvHead<T> k(args.k_cache, args.pages, sequence, h / group, head_dim);
-    const KvHead<T> v(args.v_cache, args.pages, sequence, h / group, head_dim);
-    Real q_buffer[kMaxHeadDim], r_buffer[kMaxHeadDim];
-    ForwardRow<Real> row;
-    for (int i = 0; i < sequence.mask.q_len; ++i) {
-      const Real* q = load_row(row_of<T>(args.q, sequence, h, i), head_dim, q_buffer);
-      const Real* r = load_row(row_of<T>(args.r, sequence, h, i), head_dim, r_buffer);
-      forward_row(q, r, k, v, sequence.mask.keys(i), Real(problem.scale), head_dim, &row);
-      const std::int64_t index = row_index(problem, sequence, h, i);
-      const Finalized<Real> result = finalize(row.state, row.centre);
-      if (lse) lse[index] = result.lse;
-      if (t_bar) t_bar[index] = result.t_bar;
-      if (args.o.data) {
-        T* o = row_of<T>(args.o, sequence, h, i);
-        for (std::int64_t d = 0; d < head_dim; ++d) store(result.o(row.o1[d], row.o2[d]), o + d);
-      }
-      if (args.state.m) {
-        const std::int64_t token = sequence.batch_idx * problem.q_len + i;
-        export_state(problem, row, index, token * problem.num_q_heads + h, args.state);
-      }
-    }
-  };
-  for_each_head(problem, args.sequences, problem.num_q_heads, parallel_for, head_task);
-}
-
 // The statistics of a row that the backward needs (docs/math.md section 7.1).
-template <class Real>
 struct RowStatistics {
-  Real lse = 0;
-  Real t_bar = 0;
-  Real g_bar = 0;              // dO . v_bar
-  Real delta_minus_g_bar = 0;  // dO . o - dO . v_bar
+  double lse = 0;
+  double t_bar = 0;
+  double g_bar = 0;              // dO . v_bar
+  double delta_minus_g_bar = 0;  // dO . o - dO . v_bar
 };
 
 // What one (row, key) pair contributes (docs/math.md section 7.2).
-template <class Real>
 struct Pair {
-  Real a;   // A = p u
-  Real ds;  // gradient of the scaled logit
-  Real dt;  // gradient of t
+  double a;   // A = p u
+  double ds;  // gradient of the scaled logit
+  double dt;  // gradient of t
 };
 
-template <class Real>
-Pair<Real> pair_of(const RowStatistics<Real>& row, Real s, Real t, Real g) {
-  const Real p = std::exp(s - row.lse);
-  const Real u = Real(1) + (row.t_bar - t);
-  const Real e = p * (g - row.g_bar);
+Pair pair_of(const RowStatistics& row, double s, double t, double g) {
+  const double p = std::exp(s - row.lse);
+  const double u = 1 + (row.t_bar - t);
+  const double e = p * (g - row.g_bar);
   return {p * u, u * e - row.delta_minus_g_bar * p, -e};
 }
 
 // k0, the reference key of a row: the mean of the first block of its keys.
-template <class T, class Real = RealOf<T>>
-void reference_key(const KvHead<T>& k, Range keys, std::int64_t head_dim, Real* k0) {
-  Real buffer[kMaxHeadDim];
+void reference_key(const KvHead& k, Range keys, std::int64_t head_dim, double* k0) {
   const int size = std::min(kBlock, keys.size());
-  std::fill_n(k0, head_dim, Real(0));
+  std::fill_n(k0, head_dim, 0.0);
   for (int j = 0; j < size; ++j) {
-    add_scaled(Real(1) / Real(size), k.load(keys.begin + j, buffer), head_dim, k0);
+    add_scaled(1.0 / size, k.row(keys.begin + j), head_dim, k0);
   }
 }
 
-template <class T>
 class Backward {
  public:
-  using Real = RealOf<T>;
-
   Backward(const AttentionProblem& problem, const BackwardArgs& args, void* workspace)
       : problem_(problem),
         args_(args),
         head_dim_(problem.head_dim),
         group_(problem.num_q_heads / problem.num_kv_heads),
-        scale_(static_cast<Real>(problem.scale)),
-        g_bar_(static_cast<Real*>(workspace)),
+        scale_(problem.scale),
+        g_bar_(static_cast<double*>(workspace)),
         delta_minus_g_bar_(g_bar_ + num_rows(problem)) {}
 
   static std::int64_t num_rows(const AttentionProblem& problem) {
@@ -264,22 +176,22 @@ class Backward {
 
   // dq and dr of one query head; leaves the rows' refined statistics in the workspace.
   void query_gradients(const Sequence& sequence, std::int64_t h) const {
-    const KvHead<T> k(args_.k, {}, sequence, h / group_, head_dim_);
-    const KvHead<T> v(args_.v, {}, sequence, h / group_, head_dim_);
-    Real buffers[4][kMaxHeadDim], k0[kMaxHeadDim], dq[kMaxHeadDim], dr[kMaxHeadDim];
+    const KvHead k(args_.k, {}, sequence, h / group_);
+    const KvHead v(args_.v, {}, sequence, h / group_);
+    double k0[kMaxHeadDim], dq[kMaxHeadDim], dr[kMaxHeadDim];
     for (int i = 0; i < sequence.mask.q_len; ++i) {
       const Range keys = sequence.mask.keys(i);
-      std::fill_n(dq, head_dim_, Real(0));
-      std::fill_n(dr, head_dim_, Real(0));
+      std::fill_n(dq, head_dim_, 0.0);
+      std::fill_n(dr, head_dim_, 0.0);
       if (!keys.empty()) {
-        const Real* q = query_row(args_.q, sequence, h, i, buffers[0]);
-        const Real* r = query_row(args_.r, sequence, h, i, buffers[1]);
-        const Real* d_o = query_row(args_.d_o, sequence, h, i, buffers[2]);
-        RowStatistics<Real> row = saved_statistics(sequence, h, i, d_o);
-        Real ds_sum = 0, dt_sum = 0, e_a_sum = 0;
+        const double* q = row_of(args_.q, sequence, h, i);
+        const double* r = row_of(args_.r, sequence, h, i);
+        const double* d_o = row_of(args_.d_o, sequence, h, i);
+        RowStatistics row = saved_statistics(sequence, h, i, d_o);
+        double ds_sum = 0, dt_sum = 0, e_a_sum = 0;
         for (int j = keys.begin; j < keys.end; ++j) {
-          const Real g = dot(d_o, v.load(j, buffers[3]), head_dim_);
-          const Real* key = k.load(j, buffers[3]);
+          const double g = dot(d_o, v.row(j), head_dim_);
+          const double* key = k.row(j);
           const auto pair =
               pair_of(row, scale_ * dot(q, key, head_dim_), dot(r, key, head_dim_), g);
           add_scaled(pair.ds, key, head_dim_, dq);
@@ -295,32 +207,32 @@ class Backward {
         g_bar_[index] = row.g_bar - dt_sum;
         delta_minus_g_bar_[index] = e_a_sum + dt_sum;
       }
-      T* dq_out = row_of<T>(args_.dq, sequence, h, i);
-      T* dr_out = row_of<T>(args_.dr, sequence, h, i);
+      double* dq_out = row_of(args_.dq, sequence, h, i);
+      double* dr_out = row_of(args_.dr, sequence, h, i);
       for (std::int64_t d = 0; d < head_dim_; ++d) {
-        store(scale_ * dq[d], dq_out + d);
-        store(dr[d], dr_out + d);
+        dq_out[d] = scale_ * dq[d];
+        dr_out[d] = dr[d];
       }
     }
   }
 
   // dk and dv of one key/value head: the sums over the rows of its whole group that see each key.
   void key_gradients(const Sequence& sequence, std::int64_t kv_head) const {
-    const KvHead<T> k(args_.k, {}, sequence, kv_head, head_dim_);
-    const KvHead<T> v(args_.v, {}, sequence, kv_head, head_dim_);
-    Real buffers[5][kMaxHeadDim], dk[kMaxHeadDim], dv[kMaxHeadDim];
+    const KvHead k(args_.k, {}, sequence, kv_head);
+    const KvHead v(args_.v, {}, sequence, kv_head);
+    double dk[kMaxHeadDim], dv[kMaxHeadDim];
     for (int j = 0; j < sequence.kv_len; ++j) {
-      std::fill_n(dk, head_dim_, Real(0));
-      std::fill_n(dv, head_dim_, Real(0));
+      std::fill_n(dk, head_dim_, 0.0);
+      std::fill_n(dv, head_dim_, 0.0);
       const Range rows = sequence.mask.queries({j, j + 1});
       if (!rows.empty()) {
-        const Real* key = k.load(j, buffers[0]);
-        const Real* value = v.load(j, buffers[1]);
+        const double* key = k.row(j);
+        const double* value = v.row(j);
         for (std::int64_t h = kv_head * group_; h < (kv_head + 1) * group_; ++h) {
           for (int i = rows.begin; i < rows.end; ++i) {
-            const Real* q = query_row(args_.q, sequence, h, i, buffers[2]);
-            const Real* r = query_row(args_.r, sequence, h, i, buffers[3]);
-            const Real* d_o = query_row(args_.d_o, sequence, h, i, buffers[4]);
+            const double* q = row_of(args_.q, sequence, h, i);
+            const double* r = row_of(args_.r, sequence, h, i);
+            const double* d_o = row_of(args_.d_o, sequence, h, i);
             const auto pair =
                 pair_of(refined_statistics(sequence, h, i), scale_ * dot(q, key, head_dim_),
                         dot(r, key, head_dim_), dot(d_o, value, head_dim_));
@@ -330,40 +242,33 @@ class Backward {
           }
         }
       }
-      T* dk_out = kv_row_of<T>(args_.dk, sequence, kv_head, j);
-      T* dv_out = kv_row_of<T>(args_.dv, sequence, kv_head, j);
+      double* dk_out = kv_row_of(args_.dk, sequence, kv_head, j);
+      double* dv_out = kv_row_of(args_.dv, sequence, kv_head, j);
       for (std::int64_t d = 0; d < head_dim_; ++d) {
-        store(dk[d], dk_out + d);
-        store(dv[d], dv_out + d);
+        dk_out[d] = dk[d];
+        dv_out[d] = dv[d];
       }
     }
   }
 
  private:
-  const Real* query_row(const ConstView& view, const Sequence& sequence, std::int64_t h, int i,
-                        Real* buffer) const {
-    return load_row(row_of<T>(view, sequence, h, i), head_dim_, buffer);
-  }
-
-  RowStatistics<Real> saved_statistics(const Sequence& sequence, std::int64_t h, int i,
-                                       const Real* d_o) const {
+  RowStatistics saved_statistics(const Sequence& sequence, std::int64_t h, int i,
+                                 const double* d_o) const {
     const std::int64_t index = row_index(problem_, sequence, h, i);
-    Real buffer[kMaxHeadDim];
-    RowStatistics<Real> row;
-    row.lse = static_cast<const Real*>(args_.lse)[index];
-    row.t_bar = static_cast<const Real*>(args_.t_bar)[index];
-    row.g_bar = dot(d_o, query_row(args_.v_bar, sequence, h, i, buffer), head_dim_);
-    row.delta_minus_g_bar =
-        dot(d_o, query_row(args_.o, sequence, h, i, buffer), head_dim_) - row.g_bar;
+    RowStatistics row;
+    row.lse = static_cast<const double*>(args_.lse)[index];
+    row.t_bar = static_cast<const double*>(args_.t_bar)[index];
+    row.g_bar = dot(d_o, row_of(args_.v_bar, sequence, h, i), head_dim_);
+    row.delta_minus_g_bar = dot(d_o, row_of(args_.o, sequence, h, i), head_dim_) - row.g_bar;
     return row;
   }
 
   // As query_gradients() left them (docs/math.md section 7.4).
-  RowStatistics<Real> refined_statistics(const Sequence& sequence, std::int64_t h, int i) const {
+  RowStatistics refined_statistics(const Sequence& sequence, std::int64_t h, int i) const {
     const std::int64_t index = row_index(problem_, sequence, h, i);
-    RowStatistics<Real> row;
-    row.lse = static_cast<const Real*>(args_.lse)[index];
-    row.t_bar = static_cast<const Real*>(args_.t_bar)[index];
+    RowStatistics row;
+    row.lse = static_cast<const double*>(args_.lse)[index];
+    row.t_bar = static_cast<const double*>(args_.t_bar)[index];
     row.g_bar = g_bar_[index];
     row.delta_minus_g_bar = delta_minus_g_bar_[index];
     return row;
@@ -373,42 +278,86 @@ class Backward {
   const BackwardArgs& args_;
   std::int64_t head_dim_;
   std::int64_t group_;
-  Real scale_;
-  Real* g_bar_;  // refined statistics, [rows] each
-  Real* delta_minus_g_bar_;
+  double scale_;
+  double* g_bar_;  // refined statistics, [rows] each
+  double* delta_minus_g_bar_;
 };
 
 }  // namespace
 
 void reference_forward(const AttentionProblem& problem, const ForwardArgs& args,
                        const ParallelFor& parallel_for) {
-  with_element_type(problem.dtype,
-                    [&](auto element) { forward<decltype(element)>(problem, args, parallel_for); });
+  const std::int64_t head_dim = problem.head_dim;
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  auto* lse = static_cast<double*>(args.lse);
+  auto* t_bar = static_cast<double*>(args.t_bar);
+  const auto head_task = [&](const Sequence& sequence, std::int64_t h) {
+    const KvHead k(args.k, args.pages, sequence, h / group);
+    const KvHead v(args.v, args.pages, sequence, h / group);
+    ForwardRow row;
+    for (int i = 0; i < sequence.mask.q_len; ++i) {
+      const double* q = row_of(args.q, sequence, h, i);
+      const double* r = row_of(args.r, sequence, h, i);
+      forward_row(q, r, k, v, sequence.mask.keys(i), problem.scale, head_dim, &row);
+      const Finalized<double> result = finalize(row.state, row.centre);
+      double* o = row_of(args.o, sequence, h, i);
+      for (std::int64_t d = 0; d < head_dim; ++d) o[d] = result.o(row.o1[d], row.o2[d]);
+      if (args.v_bar.data) {
+        double* v_bar = row_of(args.v_bar, sequence, h, i);
+        for (std::int64_t d = 0; d < head_dim; ++d) v_bar[d] = result.v_bar(row.o1[d]);
+      }
+      const std::int64_t index = row_index(problem, sequence, h, i);
+      if (lse) lse[index] = result.lse;
+      if (t_bar) t_bar[index] = result.t_bar;
+    }
+  };
+  for_each_head(problem, args.sequences, problem.num_q_heads, parallel_for, head_task);
 }
 
 void reference_decode(const AttentionProblem& problem, const DecodeArgs& args,
                       const ParallelFor& parallel_for) {
-  with_element_type(problem.dtype,
-                    [&](auto element) { decode<decltype(element)>(problem, args, parallel_for); });
+  const std::int64_t head_dim = problem.head_dim;
+  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
+  auto* lse = static_cast<double*>(args.lse);
+  auto* t_bar = static_cast<double*>(args.t_bar);
+  const auto head_task = [&](const Sequence& sequence, std::int64_t h) {
+    const KvHead k(args.k_cache, args.pages, sequence, h / group);
+    const KvHead v(args.v_cache, args.pages, sequence, h / group);
+    ForwardRow row;
+    for (int i = 0; i < sequence.mask.q_len; ++i) {
+      const double* q = row_of(args.q, sequence, h, i);
+      const double* r = row_of(args.r, sequence, h, i);
+      forward_row(q, r, k, v, sequence.mask.keys(i), problem.scale, head_dim, &row);
+      const std::int64_t index = row_index(problem, sequence, h, i);
+      const Finalized<double> result = finalize(row.state, row.centre);
+      if (lse) lse[index] = result.lse;
+      if (t_bar) t_bar[index] = result.t_bar;
+      if (args.o.data) {
+        double* o = row_of(args.o, sequence, h, i);
+        for (std::int64_t d = 0; d < head_dim; ++d) o[d] = result.o(row.o1[d], row.o2[d]);
+      }
+      if (args.state.m) {
+        const std::int64_t token = sequence.batch_idx * problem.q_len + i;
+        export_state(problem, row, index, token * problem.num_q_heads + h, args.state);
+      }
+    }
+  };
+  for_each_head(problem, args.sequences, problem.num_q_heads, parallel_for, head_task);
 }
 
 std::size_t reference_backward_workspace_bytes(const AttentionProblem& problem) {
-  const std::size_t real_bytes = problem.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-  return 2 * static_cast<std::size_t>(Backward<float>::num_rows(problem)) * real_bytes;
+  return 2 * static_cast<std::size_t>(Backward::num_rows(problem)) * sizeof(double);
 }
 
 void reference_backward(const AttentionProblem& problem, const BackwardArgs& args, void* workspace,
                         const ParallelFor& parallel_for) {
-  with_element_type(problem.dtype, [&](auto element) {
-    const Backward<decltype(element)> backward(problem, args, workspace);
-    for_each_head(
-        problem, args.sequences, problem.num_q_heads, parallel_for,
-        [&](const Sequence& sequence, std::int64_t h) { backward.query_gradients(sequence, h); });
-    for_each_head(problem, args.sequences, problem.num_kv_heads, parallel_for,
-                  [&](const Sequence& sequence, std::int64_t kv_head) {
-                    backward.key_gradients(sequence, kv_head);
-                  });
-  });
+  const Backward backward(problem, args, workspace);
+  for_each_head(
+      problem, args.sequences, problem.num_q_heads, parallel_for,
+      [&](const Sequence& sequence, std::int64_t h) { backward.query_gradients(sequence, h); });
+  for_each_head(
+      problem, args.sequences, problem.num_kv_heads, parallel_for,
+      [&](const Sequence& sequence, std::int64_t h) { backward.key_gradients(sequence, h); });
 }
 
 }  // namespace parallax::cpu

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The reference: forward, backward and decode written straight from docs/math.md, row by row with
-// the online state, in memory that grows with the number of rows and never with q_len x kv_len.
-// Every dtype, head_dim, mask and layout of attention.h; float64 always runs here. Arguments have
-// been checked (checks.h). Each task owns the rows it writes, so results do not depend on threads.
+// The reference: forward, backward and decode in float64, written straight from docs/math.md, row
+// by row with the online state, in memory that grows with the number of rows and never with q_len x
+// kv_len. Read it first: the blocked kernels of the narrower dtypes compute the same lines in
+// tiles. Arguments have been checked (checks.h). Each task owns the rows it writes, so results do
+// not depend on threads.
 #pragma once
 
 #include <cstddef>

@@ -47,7 +47,8 @@ struct AttentionProblem {
 };
 
 // Per-sequence lengths, int32, in memory the device can read. Null: absent. Packed calls need both
-// cu_seqlens arrays and take no other; [batch + 1] offsets, ascending from 0.
+// cu_seqlens arrays and take no other; [batch + 1] offsets, ascending from 0 to the number of
+// tokens (q_len, kv_len).
 struct Sequences {
   const std::int32_t* cu_seqlens_q = nullptr;
   const std::int32_t* cu_seqlens_k = nullptr;
@@ -56,7 +57,9 @@ struct Sequences {
 };
 
 // Where the tokens of a paged cache lie: token j of sequence b is row j % page_size of page
-// table[b * max_pages + j / page_size]. `table` null: the cache is contiguous.
+// table[b * max_pages + j / page_size]. `table` null: the cache is contiguous. The problem's kv_len
+// is at most max_pages * page_size. Entries of visible tokens must be pages from 0 to num_pages - 1
+// (the CPU refuses others); other entries are not read.
 struct PageTable {
   const std::int32_t* table = nullptr;  // [batch, max_pages]
   std::int64_t max_pages = 0;
@@ -101,8 +104,8 @@ struct DecodeArgs {
   Sequences sequences;  // kv_lens required; kv_start optional; never packed
   PageTable pages;
   View o;                 // null where the state is asked for instead
-  void* lse = nullptr;    // optional, float
-  void* t_bar = nullptr;  // optional, float
+  void* lse = nullptr;    // optional
+  void* t_bar = nullptr;  // optional
   StateView state;        // all five or none
 };
 
