@@ -21,6 +21,7 @@
 #include <string>
 #include <vector>
 
+#include "bench/cpu_decode.h"
 #include "bench/fma_peak.h"
 #include "kernels/cpu/backward.h"
 #include "kernels/cpu/forward.h"
@@ -370,6 +371,12 @@ int run_all(int argc, char** argv) {
     for (std::int64_t head_dim : {64, 128}) compare_threads(head_dim, budget_s, &report);
   }
   show_growth(&report);
+  for (int num_threads : {1, 2}) {
+    if (num_threads > sysconf(_SC_NPROCESSORS_ONLN)) break;
+    at::set_num_threads(num_threads);
+    show_decode(torch_threads(), num_threads, budget_s / 2,
+                [&](const std::string& key, double value) { report.add(key, value); });
+  }
   if (!json.empty()) report.write(json);
   return 0;
 }
