@@ -26,7 +26,7 @@ struct BackwardLayout {
 std::int64_t choose_chunks(std::int64_t units, std::int64_t threads, std::int64_t blocks) {
   const std::int64_t rounds = (units + threads - 1) / threads;
   if (units * 10 >= rounds * threads * 9) return 1;
-  return std::clamp<std::int64_t>((8 * threads + units - 1) / units, 1, blocks);
+  return std::clamp<std::int64_t>((4 * threads + units - 1) / units, 1, blocks);
 }
 
 BackwardLayout make_layout(const AttentionProblem& problem, const Device& device) {

@@ -80,54 +80,66 @@ struct Backward {
     }
   };
 
-  PARALLAX_INLINE float sum_of_products(const float* x, const float* y, int head_dim) {
-    Vec total = zero();
-    for (int d = 0; d < head_dim; d += kLanes) total = fma(load(x + d), load(y + d), total);
-    alignas(64) float lanes[kLanes];
-    store(lanes, total);
-    float sum = 0.0f;
-    for (int i = 0; i < kLanes; ++i) sum += lanes[i];
-    return sum;
-  }
-
-  // Gbar and Gbar - Delta of one row.
+  // Gbar and Gbar - Delta of one row, as lanes still to be summed.
   template <class E>
-  PARALLAX_INLINE void reduce_row(E element, const BackwardBlock& block, int i, RowTerms* terms) {
+  PARALLAX_INLINE void reduce_row(E element, const BackwardBlock& block, int i, Vec* g_bar,
+                                  Vec* g_bar_minus_delta) {
     alignas(64) float d_o[kStride], v_bar[kStride], o[kStride];
     read_row(element, block.d_o[i], block.head_dim, d_o);
     read_row(element, block.v_bar[i], block.head_dim, v_bar);
     read_row(element, block.o[i], block.head_dim, o);
-    for (int d = 0; d < block.head_dim; d += kLanes) store(o + d, load(v_bar + d) - load(o + d));
-    terms->g_bar[i] = sum_of_products(d_o, v_bar, block.head_dim);
-    terms->g_bar_minus_delta[i] = sum_of_products(d_o, o, block.head_dim);
+    for (int d = 0; d < block.head_dim; d += kLanes) {
+      *g_bar = fma(load(d_o + d), load(v_bar + d), *g_bar);
+      *g_bar_minus_delta = fma(load(d_o + d), load(v_bar + d) - load(o + d), *g_bar_minus_delta);
+    }
   }
 
-  // Rows and row terms. Rows that see no key are all zero. Of rows that see one key the terms made
-  // of dO are zero, and so is the row of dO in `panel_rows`: then e = dS = 0 and dq = dr = 0,
-  // exactly.
-  PARALLAX_INLINE void read_rows(const BackwardBlock& block, const std::int32_t* lo,
-                                 const std::int32_t* hi, int num_rows, const Scratch& to,
-                                 float* panel_rows, RowTerms* terms) {
-    const int words = block.head_dim / kFold;
+  // Lane i of the result is the sum of rows[i].
+  PARALLAX_INLINE Vec sum_rows(Vec (&rows)[kLanes]) {
+    transpose(rows);
+    Vec total = rows[0];
+    for (int i = 1; i < kLanes; ++i) total = total + rows[i];
+    return total;
+  }
+
+  // Row i as words. A row that sees no key is all zero. Of a row that sees one key, what Gbar and
+  // G are made of is zero: then e = dS = 0 and dq = dr = 0, exactly.
+  template <class E>
+  PARALLAX_INLINE void read_query(E element, const BackwardBlock& block, int i, int num_keys,
+                                  const Scratch& to, float* panel_rows, Vec* g_bar,
+                                  Vec* g_bar_minus_delta) {
+    const int at = i * kStride, words = block.head_dim / kFold;
+    *g_bar = *g_bar_minus_delta = zero();
+    if (num_keys < 2) clear_row(panel_rows + at, words);
+    if (num_keys < 1) {
+      clear_row(to.q + at, words);
+      clear_row(to.minus_r + at, words);
+      clear_row(to.d_o + at, words);
+      return;
+    }
+    read_words<Words>(element, block.q[i], block.head_dim, to.q + at);
+    read_words<Words>(element, block.r[i], block.head_dim, to.minus_r + at);
+    read_words<Words>(element, block.d_o[i], block.head_dim, to.d_o + at);
+    if (num_keys < 2) return;
+    read_words<Words>(element, block.d_o[i], block.head_dim, panel_rows + at);
+    reduce_row(element, block, i, g_bar, g_bar_minus_delta);
+  }
+
+  PARALLAX_INLINE void read_queries(const BackwardBlock& block, const std::int32_t* lo,
+                                    const std::int32_t* hi, int num_rows, const Scratch& to,
+                                    float* panel_rows, RowTerms* terms) {
     with_element(block.dtype, [&](auto element) {
-      for (int i = 0; i < num_rows; ++i) {
-        const int at = i * kStride;
-        terms->lse[i] = terms->u0[i] = terms->g_bar[i] = terms->g_bar_minus_delta[i] = 0.0f;
-        clear_row(panel_rows + at, words);
-        if (lo[i] >= hi[i]) {
-          clear_row(to.q + at, words);
-          clear_row(to.minus_r + at, words);
-          clear_row(to.d_o + at, words);
-          continue;
+      for (int first = 0; first < num_rows; first += kLanes) {
+        Vec g_bar[kLanes], g_bar_minus_delta[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          const int i = first + lane, num_keys = hi[i] - lo[i];
+          read_query(element, block, i, num_keys, to, panel_rows, &g_bar[lane],
+                     &g_bar_minus_delta[lane]);
+          terms->lse[i] = num_keys > 0 ? block.lse[i] * kLog2e : 0.0f;
+          terms->u0[i] = num_keys > 0 ? 1.0f + block.t_bar[i] : 0.0f;
         }
-        read_words<Words>(element, block.q[i], block.head_dim, to.q + at);
-        read_words<Words>(element, block.r[i], block.head_dim, to.minus_r + at);
-        read_words<Words>(element, block.d_o[i], block.head_dim, to.d_o + at);
-        terms->lse[i] = block.lse[i] * kLog2e;
-        terms->u0[i] = 1.0f + block.t_bar[i];
-        if (hi[i] - lo[i] == 1) continue;
-        read_words<Words>(element, block.d_o[i], block.head_dim, panel_rows + at);
-        reduce_row(element, block, i, terms);
+        store(terms->g_bar + first, sum_rows(g_bar));
+        store(terms->g_bar_minus_delta + first, sum_rows(g_bar_minus_delta));
       }
     });
   }
@@ -137,7 +149,7 @@ struct Backward {
                             RowTerms* terms) {
     const int words = block.head_dim / kFold;
     float* panel_rows = to.v;  // no tile is there yet
-    read_rows(block, lo, hi, num_rows, to, panel_rows, terms);
+    read_queries(block, lo, hi, num_rows, to, panel_rows, terms);
     for (int i = 0; i < num_rows; i += kLanes) {
       float* panel = to.qr + i / kLanes * kPanelFloats;
       transpose_into_panel<kStride>(to.q + i * kStride, words, panel);
