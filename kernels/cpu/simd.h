@@ -173,8 +173,9 @@ PARALLAX_INLINE Mask within(IntVec lo, IntVec hi, std::int32_t x) {
   return (lo <= v) & (v < hi);
 }
 PARALLAX_INLINE Vec add_exponent(Vec significand, Vec biased) {
-  return reinterpret_cast<Vec>(reinterpret_cast<IntVec>(significand) +
-                               (reinterpret_cast<IntVec>(biased) << 23));
+  using Bits = std::uint32_t __attribute__((vector_size(16)));  // wraps around, unlike IntVec
+  return reinterpret_cast<Vec>(reinterpret_cast<Bits>(significand) +
+                               (reinterpret_cast<Bits>(biased) << 23));
 }
 PARALLAX_INLINE void interleave(Vec a, Vec b, Vec* lo, Vec* hi) {
   *lo = Vec{a[0], b[0], a[1], b[1]};
