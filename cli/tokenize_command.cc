@@ -27,12 +27,13 @@ struct Options {
 
 constexpr double kReportSeconds = 0.5;
 
-// Prints progress, twice a second at most.
+// Prints progress, twice a second at most, and the end once.
 class Reporter {
  public:
   void operator()(const lm::CorpusProgress& progress) {
     const bool done = progress.bytes == progress.total_bytes;
-    if (!done && progress.seconds < next_) return;
+    if (finished_ || (!done && progress.seconds < next_)) return;
+    finished_ = done;
     next_ = progress.seconds + kReportSeconds;
     const double bytes = static_cast<double>(progress.bytes);
     const double eta =
@@ -48,6 +49,7 @@ class Reporter {
  private:
   LiveLine live_;
   double next_ = 0;
+  bool finished_ = false;
 };
 
 nlohmann::ordered_json to_json(const lm::SplitRecord& split) {
