@@ -21,7 +21,7 @@ endif()
 target_link_options(torch INTERFACE -Wl,-rpath,${PARALLAX_TORCH_DIR}/lib)
 
 # torch/torch.h costs 19 s a file; precompiled once, every torch target reuses it.
-file(WRITE ${CMAKE_BINARY_DIR}/torch_pch.cc "")
+file(CONFIGURE OUTPUT ${CMAKE_BINARY_DIR}/torch_pch.cc CONTENT "// Holds the precompiled header.\n")
 add_library(torch_pch OBJECT ${CMAKE_BINARY_DIR}/torch_pch.cc)
 target_link_libraries(torch_pch PRIVATE torch)
 target_precompile_headers(torch_pch PRIVATE <torch/torch.h>)
