@@ -19,4 +19,6 @@ Status plan_decode(const AttentionProblem&, const Device&, DecodePlan*) { return
 
 Status run(const DecodePlan&, const DecodeArgs&, void*, Stream) { return no_kernel(); }
 
+Status schedule(const DecodePlan&, const Sequences&, void*, Stream) { return no_kernel(); }
+
 }  // namespace parallax

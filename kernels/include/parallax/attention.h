@@ -107,6 +107,8 @@ struct DecodeArgs {
   void* lse = nullptr;    // optional
   void* t_bar = nullptr;  // optional
   StateView state;        // all five or none
+  // Of schedule(), on CUDA; null: run() makes its own. The CPU does not look at it.
+  void* schedule = nullptr;
 };
 
 struct ForwardPlan {
@@ -126,8 +128,9 @@ struct BackwardPlan {
 struct DecodePlan {
   AttentionProblem problem;
   Device device;
-  std::int64_t num_splits = 1;
+  std::int64_t num_splits = 1;  // parts that the keys are cut into, at most
   std::size_t workspace_bytes = 0;
+  std::size_t schedule_bytes = 0;
 };
 
 // Errors: kInvalidArgument names the field that contradicts the contract above, kUnsupported names
@@ -139,6 +142,8 @@ Status plan(const AttentionProblem& problem, const Device& device, DecodePlan* p
 inline std::size_t workspace_bytes(const ForwardPlan& plan) { return plan.workspace_bytes; }
 inline std::size_t workspace_bytes(const BackwardPlan& plan) { return plan.workspace_bytes; }
 inline std::size_t workspace_bytes(const DecodePlan& plan) { return plan.workspace_bytes; }
+// 0 on the CPU.
+inline std::size_t schedule_bytes(const DecodePlan& plan) { return plan.schedule_bytes; }
 
 // CPU. `workspace` holds workspace_bytes(plan) bytes aligned to 64 (null if 0), contents ignored.
 // REQUIRES: plan.device.kind == kCpu.
@@ -158,6 +163,12 @@ Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace,
 Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, Stream stream);
 Status run(const BackwardPlan& plan, const BackwardArgs& args, void* workspace, Stream stream);
 Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stream stream);
+
+// CUDA. Who computes which keys, from the lengths in `sequences`: once a step, then handed to the
+// run() of every layer with the same plan and lengths (DecodeArgs::schedule). `schedule` is device
+// memory of schedule_bytes(plan) bytes aligned to 256. Runs count in it and leave it as they found
+// it: those that share one must not overlap.
+Status schedule(const DecodePlan& plan, const Sequences& sequences, void* schedule, Stream stream);
 
 // Fills *device with CUDA device `index`: what plan() needs to know of it.
 Status query_device(int index, Device* device);
