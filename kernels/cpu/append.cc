@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// append_kv(): new keys and values into a contiguous or paged cache.
-#include <cstring>
+// append_kv(): new keys and values into a contiguous or paged cache, as they are or in FP8.
+#include <algorithm>
 
 #include "cpu/checks.h"
 #include "cpu/element.h"
@@ -10,16 +10,31 @@
 namespace parallax {
 namespace {
 
-// Copies token i of entry b, all heads.
-void append_token(const AttentionProblem& problem, const ConstView& from, std::int64_t from_offset,
-                  const View& to, std::int64_t to_offset) {
-  const auto bytes = static_cast<std::int64_t>(cpu::element_bytes(problem.dtype));
-  const auto* source = static_cast<const char*>(from.data) + from_offset * bytes;
-  auto* target = static_cast<char*>(to.data) + to_offset * bytes;
-  for (std::int64_t h = 0; h < problem.num_kv_heads; ++h) {
-    std::memcpy(target + h * to.head_stride * bytes, source + h * from.head_stride * bytes,
-                static_cast<std::size_t>(problem.head_dim * bytes));
-  }
+// One of k and v: its new tokens, its cache, and its scales (null unless the cache is FP8).
+struct Pair {
+  ConstView from;
+  View to;
+  const float* scale;
+};
+
+// The token at element `from` of the new ones to element `to` of the cache, all heads.
+void append_token(const AttentionProblem& problem, const Pair& pair, std::int64_t from,
+                  std::int64_t to) {
+  cpu::with_element_type(problem.dtype, [&](auto element) {
+    using T = decltype(element);
+    for (std::int64_t h = 0; h < problem.num_kv_heads; ++h) {
+      const T* source = static_cast<const T*>(pair.from.data) + from + h * pair.from.head_stride;
+      const std::int64_t target = to + h * pair.to.head_stride;
+      if (pair.scale == nullptr) {
+        std::copy_n(source, problem.head_dim, static_cast<T*>(pair.to.data) + target);
+        continue;
+      }
+      auto* quantised = static_cast<cpu::Float8E4M3*>(pair.to.data) + target;
+      for (std::int64_t d = 0; d < problem.head_dim; ++d) {
+        cpu::store(static_cast<float>(cpu::load(source[d])) / pair.scale[h], quantised + d);
+      }
+    }
+  });
 }
 
 }  // namespace
@@ -36,16 +51,13 @@ Status append_kv(const AttentionProblem& problem, const AppendArgs& args,
   parallel_for(shape.batch, [&](std::int64_t b, int) {
     Sequence sequence;
     sequence.batch_idx = b;
-    const auto rows = [&](const View& cache) {
-      return kv_rows(cache.batch_stride, cache.len_stride, args.pages, sequence);
-    };
-    const KvRows k_rows = rows(args.k_cache), v_rows = rows(args.v_cache);
-    for (std::int64_t i = 0; i < shape.q_len; ++i) {
-      const std::int64_t place = args.positions[b] + i;
-      append_token(shape, args.k, b * args.k.batch_stride + i * args.k.len_stride, args.k_cache,
-                   k_rows.offset(place));
-      append_token(shape, args.v, b * args.v.batch_stride + i * args.v.len_stride, args.v_cache,
-                   v_rows.offset(place));
+    for (const Pair& pair :
+         {Pair{args.k, args.k_cache, args.k_scale}, Pair{args.v, args.v_cache, args.v_scale}}) {
+      const KvRows rows = kv_rows(pair.to.batch_stride, pair.to.len_stride, args.pages, sequence);
+      for (std::int64_t i = 0; i < shape.q_len; ++i) {
+        append_token(shape, pair, b * pair.from.batch_stride + i * pair.from.len_stride,
+                     rows.offset(args.positions[b] + i));
+      }
     }
   });
   return {};

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 #include <string>
+#include <utility>
 
 #include "parallax/mask.h"
 
@@ -132,12 +133,23 @@ std::int64_t num_kv_elements(const AttentionProblem& problem, const PageTable& p
   return tokens * problem.num_kv_heads * problem.head_dim;
 }
 
-}  // namespace
+Status check_scales(const AttentionProblem& problem, const float* k_scale, const float* v_scale) {
+  PARALLAX_RETURN_IF_ERROR(check_scales_present(problem, k_scale, v_scale));
+  for (const auto& [name, scale] : {std::pair{"k_scale", k_scale}, {"v_scale", v_scale}}) {
+    for (std::int64_t h = 0; scale != nullptr && h < problem.num_kv_heads; ++h) {
+      if (std::isfinite(scale[h]) && scale[h] > 0) continue;
+      return Status::invalid_argument(
+          element(name, h) + ": expected a finite number above 0, got " + std::to_string(scale[h]));
+    }
+  }
+  return {};
+}
 
-Status check_problem(const AttentionProblem& problem, const Device& device) {
+Status check_shape(const AttentionProblem& problem, const Device& device) {
   constexpr std::int64_t kMaxLen = std::numeric_limits<std::int32_t>::max();
   if (problem.dtype > DType::kFloat16) {
-    return expected("dtype", "one of DType", static_cast<int>(problem.dtype));
+    return expected("dtype", "float64, float32, bfloat16 or float16 (DType 0 to 3)",
+                    static_cast<int>(problem.dtype));
   }
   PARALLAX_RETURN_IF_ERROR(check_between("batch", problem.batch, 0, kMaxLen));
   PARALLAX_RETURN_IF_ERROR(check_between("q_len", problem.q_len, 0, kMaxLen));
@@ -169,11 +181,39 @@ Status check_problem(const AttentionProblem& problem, const Device& device) {
   return {};
 }
 
+}  // namespace
+
+Status check_problem(const AttentionProblem& problem, const Device& device) {
+  PARALLAX_RETURN_IF_ERROR(check_shape(problem, device));
+  if (cache_dtype(problem) != problem.dtype) {
+    return expected("kv_dtype", "dtype: only decode and append_kv take a cache of another type",
+                    static_cast<int>(cache_dtype(problem)));
+  }
+  return {};
+}
+
 Status check_decode_problem(const AttentionProblem& problem, const Device& device) {
-  PARALLAX_RETURN_IF_ERROR(check_problem(problem, device));
+  PARALLAX_RETURN_IF_ERROR(check_shape(problem, device));
+  const DType cache = cache_dtype(problem);
+  if (cache != problem.dtype && (cache != DType::kFloat8E4M3 || problem.dtype == DType::kFloat64)) {
+    return expected("kv_dtype", "dtype, or kFloat8E4M3 with any dtype but float64",
+                    static_cast<int>(cache));
+  }
   if (problem.packed) {
     return Status::invalid_argument(
         "packed: decode takes [batch, q_len, heads, head_dim]; use forward for packed sequences");
+  }
+  return {};
+}
+
+Status check_scales_present(const AttentionProblem& problem, const float* k_scale,
+                            const float* v_scale) {
+  const bool needed = cache_dtype(problem) == DType::kFloat8E4M3;
+  for (const auto& [name, scale] : {std::pair{"k_scale", k_scale}, {"v_scale", v_scale}}) {
+    if ((scale != nullptr) == needed) continue;
+    return Status::invalid_argument(
+        std::string(name) + (needed ? ": a float8_e4m3 cache needs it, [num_kv_heads], got null"
+                                    : ": only a float8_e4m3 cache takes one"));
   }
   return {};
 }
@@ -218,6 +258,7 @@ Status check_arguments(const AttentionProblem& problem, const DecodeArgs& args) 
   PARALLAX_RETURN_IF_ERROR(check_present("k_cache", args.k_cache.data, kv_elements));
   PARALLAX_RETURN_IF_ERROR(check_present("v_cache", args.v_cache.data, kv_elements));
   PARALLAX_RETURN_IF_ERROR(check_present("kv_lens", args.sequences.kv_lens, problem.batch));
+  PARALLAX_RETURN_IF_ERROR(check_scales(problem, args.k_scale, args.v_scale));
   const StateView& state = args.state;
   const int num_parts = (state.m != nullptr) + (state.d1 != nullptr) + (state.d2 != nullptr) +
                         (state.o1 != nullptr) + (state.o2 != nullptr);
@@ -237,6 +278,7 @@ Status check_arguments(const AttentionProblem& problem, const AppendArgs& args) 
   PARALLAX_RETURN_IF_ERROR(check_present("k_cache", args.k_cache.data, elements));
   PARALLAX_RETURN_IF_ERROR(check_present("v_cache", args.v_cache.data, elements));
   PARALLAX_RETURN_IF_ERROR(check_present("positions", args.positions, problem.batch));
+  PARALLAX_RETURN_IF_ERROR(check_scales(problem, args.k_scale, args.v_scale));
   if (args.pages.table) PARALLAX_RETURN_IF_ERROR(check_page_table(problem, args.pages));
   for (std::int64_t b = 0; b < problem.batch && problem.q_len > 0; ++b) {
     const std::int64_t position = args.positions[b];

@@ -11,6 +11,11 @@ namespace parallax::cpu {
 Status check_problem(const AttentionProblem& problem, const Device& device);
 Status check_decode_problem(const AttentionProblem& problem, const Device& device);
 
+// Whether both scales are there where the cache is FP8, and only there: pointers alone, for every
+// device. The values are the CPU's to check.
+Status check_scales_present(const AttentionProblem& problem, const float* k_scale,
+                            const float* v_scale);
+
 Status check_arguments(const AttentionProblem& problem, const ForwardArgs& args);
 Status check_arguments(const AttentionProblem& problem, const BackwardArgs& args);
 Status check_arguments(const AttentionProblem& problem, const DecodeArgs& args);

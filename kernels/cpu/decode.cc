@@ -122,9 +122,12 @@ class Decoder {
 
   void fill_rows(const Sequence& sequence, std::int64_t first_head, SplitState state,
                  DecodeBlock* block) const {
+    const std::size_t kv_element = element_bytes(cache_dtype(problem_));
     const auto bytes = static_cast<std::int64_t>(element_bytes(problem_.dtype));
+    const auto kv_bytes = static_cast<std::int64_t>(kv_element);
     const HeadRows rows{sequence, first_head, shape_.group};
     block->dtype = problem_.dtype;
+    block->kv_dtype = cache_dtype(problem_);
     block->head_dim = static_cast<int>(problem_.head_dim);
     block->scale = static_cast<float>(problem_.scale);
     block->group = static_cast<int>(shape_.group);
@@ -135,10 +138,12 @@ class Decoder {
     block->q_head_bytes = args_.q.head_stride * bytes;
     block->r_row_bytes = args_.r.len_stride * bytes;
     block->r_head_bytes = args_.r.head_stride * bytes;
-    block->k = token_rows(args_.k_cache, element_bytes(problem_.dtype), args_.pages, rows);
-    block->v = token_rows(args_.v_cache, element_bytes(problem_.dtype), args_.pages, rows);
-    block->k_head_bytes = args_.k_cache.head_stride * bytes;
-    block->v_head_bytes = args_.v_cache.head_stride * bytes;
+    block->k = token_rows(args_.k_cache, kv_element, args_.pages, rows);
+    block->v = token_rows(args_.v_cache, kv_element, args_.pages, rows);
+    block->k_head_bytes = args_.k_cache.head_stride * kv_bytes;
+    block->v_head_bytes = args_.v_cache.head_stride * kv_bytes;
+    if (args_.k_scale) block->k_scale = args_.k_scale + first_head;
+    if (args_.v_scale) block->v_scale = args_.v_scale + first_head;
     const std::int64_t first_row = first_head * shape_.rows_of_head;
     block->m = state.m + first_row;
     block->d1 = state.d1 + first_row;

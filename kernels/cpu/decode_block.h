@@ -207,6 +207,8 @@ PARALLAX_INLINE void join_pairs(float* row, int stride) {
   }
 }
 
+// kType: of the cache. FP8 keys and values are always packed: they become floats, and the scales of
+// their heads are in q and r beforehand and go into o1 and o2 afterwards.
 template <DType kType>
 class Decode {
  public:
@@ -215,7 +217,8 @@ class Decode {
         stride_(decode_stride(block.head_dim)),
         rows_of_head_(block.group * block.q_len),
         rows_(std::int64_t{block.num_kv_heads} * rows_of_head_),
-        packs_values_(block.head_dim != stride_ || (kType != DType::kFloat32 && rows_of_head_ > 1)),
+        packs_values_(kIsFp8 || block.head_dim != stride_ ||
+                      (kType != DType::kFloat32 && rows_of_head_ > 1)),
         packs_keys_(kDots<kType> ? block.head_dim != stride_ : packs_values_),
         queries_(scratch),
         scores_(queries_ + rows_ * 2 * stride_),
@@ -232,11 +235,14 @@ class Decode {
       update_rows(first, last, steps);
       for (int i = first; i < last; ++i) value_step(i, steps, scores_ + (i - first) * kStep);
     }
+    if (kIsFp8) scale_values();
     if (kType != DType::kBFloat16 || packs_values_) return;
     for (std::int64_t i = 0; i < 2 * rows_; ++i) join_pairs(block_.o + i * stride_, stride_);
   }
 
  private:
+  static constexpr bool kIsFp8 = kType == DType::kFloat8E4M3;
+
   // The rows of a step's tokens, of the first head.
   struct Step {
     const char* tokens[kStep];
@@ -276,23 +282,28 @@ class Decode {
     for (int i = 0; i < kStep; ++i) {
       float* to = packed_ + i * stride_;
       packed.tokens[i] = reinterpret_cast<const char*>(to);
-      read_padded(from.tokens[i], to);
+      read_padded(Element<kType>{}, from.tokens[i], to);
     }
     return packed;
   }
 
-  void read_padded(const char* from, float* to) const {
+  template <class E>
+  void read_padded(E element, const char* from, float* to) const {
     for (int d = block_.head_dim / kLanes * kLanes; d < stride_; d += kLanes) store(to + d, zero());
-    read_row(Element<kType>{}, from, block_.head_dim, to);
+    read_row(element, from, block_.head_dim, to);
   }
 
   // A query's row in the form in which it meets the keys.
   void read_query(const char* from, float* to) const {
+    if constexpr (kIsFp8) {
+      with_element(block_.dtype, [&](auto element) { read_padded(element, from, to); });
+      return;
+    }
     if (kDots<kType> && !packs_keys_) {
       std::memcpy(to, from, block_.head_dim * Element<kType>::kBytes);
       return;
     }
-    read_padded(from, to);
+    read_padded(Element<kType>{}, from, to);
     if (kType == DType::kBFloat16 && !packs_keys_) split_pairs(to, stride_);
   }
 
@@ -303,6 +314,7 @@ class Decode {
       float* q = queries_ + row * 2 * stride_;
       read_query(block_.q + i * block_.q_row_bytes + h * block_.q_head_bytes, q);
       read_query(block_.r + i * block_.r_row_bytes + h * block_.r_head_bytes, q + stride_);
+      if (kIsFp8) scale_row(block_.k_scale[row / rows_of_head_], q);
       clear_row(block_.o + row * 2 * stride_, 2 * stride_);
       block_.m[row] = -INFINITY;
       block_.d1[row] = block_.d2[row] = block_.c[row] = 0.0f;
@@ -333,7 +345,7 @@ class Decode {
       const int visible = mask_row(row, first, last, steps, scores);
       if (visible > 0) {
         update_row(block_, row, visible, block_.d1[row] == 0.0f, scores);
-        shrink(scores[kShrink], block_.o + row * 2 * stride_);
+        scale_row(scores[kShrink], block_.o + row * 2 * stride_);
       } else {
         for (int j = 0; j < kShrink; j += kLanes) store(scores + j, zero());
       }
@@ -364,10 +376,17 @@ class Decode {
     return visible;
   }
 
-  void shrink(float factor, float* o) const {
+  // Multiplies q and r, or o1 and o2, of one row.
+  void scale_row(float factor, float* row) const {
     if (factor == 1.0f) return;
     const Vec x = broadcast(factor);
-    for (int d = 0; d < 2 * stride_; d += kLanes) store(o + d, load(o + d) * x);
+    for (int d = 0; d < 2 * stride_; d += kLanes) store(row + d, load(row + d) * x);
+  }
+
+  void scale_values() const {
+    for (std::int64_t row = 0; row < rows_; ++row) {
+      scale_row(block_.v_scale[row / rows_of_head_], block_.o + row * 2 * stride_);
+    }
   }
 
   void value_step(int i, int steps, const float* scores) {
@@ -397,6 +416,9 @@ class Decode {
 };
 
 [[maybe_unused]] static void decode_block(const DecodeBlock& block, float* scratch) {
+  if (block.kv_dtype == DType::kFloat8E4M3) {
+    return Decode<DType::kFloat8E4M3>(block, scratch).run();
+  }
   with_element(block.dtype,
                [&](auto element) { Decode<decltype(element)::kValue>(block, scratch).run(); });
 }

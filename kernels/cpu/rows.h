@@ -14,6 +14,8 @@ PARALLAX_INLINE Vec load_elements(const void* from, int d) {
     return load_bf16(static_cast<const std::uint16_t*>(from) + d);
   if constexpr (kType == DType::kFloat16)
     return load_fp16(static_cast<const std::uint16_t*>(from) + d);
+  if constexpr (kType == DType::kFloat8E4M3)
+    return load_fp8(static_cast<const std::uint8_t*>(from) + d);
 }
 
 template <DType kType>
@@ -27,8 +29,9 @@ PARALLAX_INLINE void store_elements(void* to, int d, Vec x) {
 template <DType kType>
 struct Element {
   static constexpr DType kValue = kType;
-  static constexpr int kBytes = kType == DType::kFloat32 ? 4 : 2;
+  static constexpr int kBytes = kType == DType::kFloat32 ? 4 : kType == DType::kFloat8E4M3 ? 1 : 2;
 };
+// The dtypes of problems; FP8 is a cache's alone (decode_block.h).
 template <class F>
 PARALLAX_INLINE void with_element(DType dtype, F f) {
   if (dtype == DType::kFloat32) return f(Element<DType::kFloat32>{});

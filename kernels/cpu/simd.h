@@ -79,6 +79,15 @@ PARALLAX_INLINE void store_fp16(std::uint16_t* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                       _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
+// The 16-bit float of e4m3's fields is 2^-8 of its value (biases 15 and 7); 0x7f is its NaN.
+PARALLAX_INLINE Vec load_fp8(const std::uint8_t* p) {
+  const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i signs = _mm256_and_si256(_mm256_slli_epi16(bytes, 8), _mm256_set1_epi16(-0x8000));
+  const __m256i rest = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7f));
+  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x7f));
+  const __m256i half = _mm256_or_si256(_mm256_or_si256(signs, nan), _mm256_slli_epi16(rest, 7));
+  return _mm512_cvtph_ps(half) * broadcast(256.0f);
+}
 
 #elif defined(__AVX2__)
 
@@ -139,6 +148,14 @@ PARALLAX_INLINE Vec load_fp16(const std::uint16_t* p) {
 PARALLAX_INLINE void store_fp16(std::uint16_t* p, Vec x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+PARALLAX_INLINE Vec load_fp8(const std::uint8_t* p) {
+  const __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+  const __m128i signs = _mm_and_si128(_mm_slli_epi16(bytes, 8), _mm_set1_epi16(-0x8000));
+  const __m128i rest = _mm_and_si128(bytes, _mm_set1_epi16(0x7f));
+  const __m128i nan = _mm_cmpeq_epi16(rest, _mm_set1_epi16(0x7f));
+  const __m128i half = _mm_or_si128(_mm_or_si128(signs, nan), _mm_slli_epi16(rest, 7));
+  return _mm256_cvtph_ps(half) * broadcast(256.0f);
 }
 
 #else
@@ -239,6 +256,19 @@ PARALLAX_INLINE void store_fp16(std::uint16_t* p, Vec x) {
     }
     p[i] = static_cast<std::uint16_t>(half | (bits >> 16 & 0x8000));
   }
+}
+// e4m3: the exponent's bias is 7, subnormals are multiples of 2^-9, 0x7f is the NaN.
+PARALLAX_INLINE Vec load_fp8(const std::uint8_t* p) {
+  Vec x;
+  for (int i = 0; i < kLanes; ++i) {
+    const std::uint32_t sign = (p[i] & 0x80u) << 24;
+    const std::uint32_t rest = p[i] & 0x7fu;
+    const float magnitude = rest == 0x7f  ? from_bits(0x7fc00000)
+                            : rest < 0x08 ? static_cast<float>(rest) * 0x1p-9f
+                                          : from_bits((rest << 20) + 0x3c000000);
+    x[i] = from_bits(to_bits(magnitude) | sign);
+  }
+  return x;
 }
 
 #endif

@@ -74,7 +74,8 @@ struct BackwardBlock {
 // The keys and values [begin, end) of one sequence, for a few neighbouring key/value heads and all
 // their query rows. Row f of a key/value head is (query f / group, head f % group of its group).
 struct DecodeBlock {
-  DType dtype = DType::kFloat32;
+  DType dtype = DType::kFloat32;     // of q and r
+  DType kv_dtype = DType::kFloat32;  // of k and v: dtype or kFloat8E4M3
   int head_dim = 0;
   float scale = 1.0f;
   int num_kv_heads = 0;
@@ -86,6 +87,7 @@ struct DecodeBlock {
   std::int64_t q_row_bytes = 0, q_head_bytes = 0, r_row_bytes = 0, r_head_bytes = 0;
   TokenRows k, v;  // of the first key/value head
   std::int64_t k_head_bytes = 0, v_head_bytes = 0;
+  const float *k_scale = nullptr, *v_scale = nullptr;  // of the key/value heads; FP8 only
   // The state of row num_kv_head * (q_len * group) + f: m in natural units, d2 and o2 centred at c;
   // o1 and o2 at o + row * 2 * decode_stride(head_dim) and one stride behind it.
   float *m = nullptr, *d1 = nullptr, *d2 = nullptr, *c = nullptr, *o = nullptr;

@@ -19,7 +19,7 @@ static void backward(const BackwardBlock& block, float* scratch) {
 }
 
 static void decode(const DecodeBlock& block, float* scratch) {
-  if (block.dtype != DType::kBFloat16) return kAvx512Target.decode(block, scratch);
+  if (block.kv_dtype != DType::kBFloat16) return kAvx512Target.decode(block, scratch);
   Decode<DType::kBFloat16>(block, scratch).run();
 }
 

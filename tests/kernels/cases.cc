@@ -64,6 +64,38 @@ Inputs random_inputs(const AttentionProblem& problem, Data data, unsigned seed) 
   return inputs;
 }
 
+namespace {
+
+// One scale a head, and the values as an FP8 cache with these scales holds them.
+std::vector<float> quantise(const AttentionProblem& problem, double coverage, Values* values) {
+  const auto heads = static_cast<std::size_t>(problem.num_kv_heads);
+  const auto head_dim = static_cast<std::size_t>(problem.head_dim);
+  std::vector<float> scale(heads, 0.0f);
+  const auto head_of = [&](std::size_t i) { return i / head_dim % heads; };
+  for (std::size_t i = 0; i < values->size(); ++i) {
+    float& largest = scale[head_of(i)];
+    largest = std::max(largest, static_cast<float>(std::abs((*values)[i])));
+  }
+  for (std::size_t h = 0; h < heads; ++h) {
+    scale[h] = scale[h] > 0 ? static_cast<float>(coverage) * scale[h] / 448.0f : 1.0f;
+    if (h % 2 == 1) scale[h] = std::exp2(std::ceil(std::log2(scale[h])));
+  }
+  for (std::size_t i = 0; i < values->size(); ++i) {
+    const float x = static_cast<float>((*values)[i]), by = scale[head_of(i)];
+    (*values)[i] = round_to(DType::kFloat8E4M3, x / by) * static_cast<double>(by);
+  }
+  return scale;
+}
+
+}  // namespace
+
+void quantise_cache(Case* c, double coverage) {
+  c->problem.kv_dtype = DType::kFloat8E4M3;
+  c->k_scale = quantise(c->problem, coverage, &c->inputs.k);
+  c->v_scale = quantise(c->problem, coverage, &c->inputs.v);
+  c->name += ", FP8 cache";
+}
+
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
                  const std::vector<std::int32_t>& kv_lens, Data data, unsigned seed) {
   Case packed;
@@ -90,7 +122,8 @@ std::vector<Case> all_cases(DType dtype, std::int64_t head_dim, Data data,
   unsigned seed = 0;
   const auto add = [&](const std::string& name, AttentionProblem problem, Lengths lengths = {}) {
     if (problem.kv_len > max_kv_len) return;
-    cases.push_back({name, problem, std::move(lengths), random_inputs(problem, data, ++seed)});
+    cases.push_back(
+        {name, problem, std::move(lengths), random_inputs(problem, data, ++seed), {}, {}});
   };
   const auto shape = [&](std::int64_t batch, std::int64_t q_len, std::int64_t kv_len,
                          std::int64_t num_q_heads, std::int64_t num_kv_heads) {
@@ -167,9 +200,11 @@ const char* name_of(DType dtype) {
     case DType::kBFloat16:
       return "bfloat16";
     case DType::kFloat16:
+      return "float16";
+    case DType::kFloat8E4M3:
       break;
   }
-  return "float16";
+  return "float8_e4m3";
 }
 
 Tensor::Tensor(DType dtype, std::int64_t batch, std::int64_t len, std::int64_t heads,
@@ -180,7 +215,7 @@ Tensor::Tensor(DType dtype, std::int64_t batch, std::int64_t len, std::int64_t h
 }
 
 Tensor::Tensor(const AttentionProblem& problem, bool of_keys)
-    : Tensor(problem.dtype, problem.packed ? 1 : problem.batch,
+    : Tensor(of_keys ? cache_dtype(problem) : problem.dtype, problem.packed ? 1 : problem.batch,
              of_keys ? problem.kv_len : problem.q_len,
              of_keys ? problem.num_kv_heads : problem.num_q_heads, problem.head_dim) {}
 
@@ -210,6 +245,14 @@ void Tensor::set(const Values& values) {
       std::memcpy(&bytes_[offset], &element, sizeof(T));
     });
   });
+}
+
+void Tensor::set(Values values, const std::vector<float>& scale) {
+  for (std::size_t i = 0; i < values.size() && !scale.empty(); ++i) {
+    const std::size_t head = i / static_cast<std::size_t>(head_dim) % scale.size();
+    values[i] /= static_cast<double>(scale[head]);
+  }
+  set(values);
 }
 
 void Tensor::poison(std::int64_t b, std::int64_t i) {

@@ -30,6 +30,7 @@ struct Case {
   AttentionProblem problem;
   Lengths lengths;
   Inputs inputs;
+  std::vector<float> k_scale, v_scale;  // of an FP8 cache; else empty
 };
 
 enum class Data {
@@ -45,6 +46,11 @@ AttentionProblem problem_of(DType dtype, std::int64_t batch, std::int64_t q_len,
 // Inputs of a problem's shapes, rounded to its dtype: what a kernel sees and the oracle computes
 // with are the same numbers.
 Inputs random_inputs(const AttentionProblem& problem, Data data, unsigned seed);
+
+// Makes the case's cache FP8 with a scale for each head, some of them powers of two, and k and v
+// what such a cache holds: e4m3 numbers times the scale. `coverage`: the largest |k| and |v| of a
+// head that does not saturate, over the head's largest.
+void quantise_cache(Case* c, double coverage = 1.0);
 
 // A packed case of these lengths.
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
@@ -69,7 +75,8 @@ class Tensor {
   Tensor(const AttentionProblem& problem, bool of_keys);  // q-like or k-like, nothing set
 
   void set(const Values& values);
-  void poison(std::int64_t b, std::int64_t i);  // token i of entry b becomes NaN again
+  void set(Values values, const std::vector<float>& scale);  // values / the head's scale
+  void poison(std::int64_t b, std::int64_t i);               // token i of entry b becomes NaN again
   Values values() const;
   bool gaps_intact() const;
 

@@ -20,9 +20,9 @@ Tensor queries(const Case& c, const Values& values) {
   return tensor;
 }
 
-Tensor keys(const Case& c, const Values& values) {
+Tensor keys(const Case& c, const Values& values, const std::vector<float>& scale) {
   Tensor tensor(c.problem, true);
-  tensor.set(values);
+  tensor.set(values, scale);
   for (std::int64_t b = 0; b < c.problem.batch; ++b) {
     for (std::int64_t j = 0; j < kv_len_of(c, b); ++j) {
       bool seen = false;
@@ -106,8 +106,8 @@ struct Tensors {
   Tensors(const Case& c, const How& how)
       : q(queries(c, c.inputs.q)),
         r(queries(c, c.inputs.r)),
-        k(keys(c, c.inputs.k)),
-        v(keys(c, c.inputs.v)) {
+        k(keys(c, c.inputs.k, c.k_scale)),
+        v(keys(c, c.inputs.v, c.v_scale)) {
     if (how.page_size == 0) return;
     paged.emplace(c.problem, how.page_size, 7);
     k = paged->scatter(k);
@@ -165,6 +165,8 @@ DecodeArgs decode_args(const Case& c, const Tensors& in) {
   args.r = in.r.const_view();
   args.k_cache = in.k.const_view();
   args.v_cache = in.v.const_view();
+  if (!c.k_scale.empty()) args.k_scale = c.k_scale.data();
+  if (!c.v_scale.empty()) args.v_scale = c.v_scale.data();
   args.sequences = c.lengths.view();
   args.pages = in.table();
   return args;

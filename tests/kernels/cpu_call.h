@@ -15,9 +15,10 @@ struct How {
       nullptr;  // instruction set of the blocked kernels; null: run() chooses
 };
 
-// The tensors of a call, gaps poisoned: q, r or d_o; k or v, poisoned where no query looks too.
+// The tensors of a call, gaps poisoned: q, r or d_o; k or v, poisoned where no query looks too,
+// over the scale of an FP8 cache.
 Tensor queries(const Case& c, const Values& values);
-Tensor keys(const Case& c, const Values& values);
+Tensor keys(const Case& c, const Values& values, const std::vector<float>& scale = {});
 
 // o, v_bar, lse, t_bar
 Results cpu_forward(const Case& c, const How& how = {});

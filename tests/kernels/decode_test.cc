@@ -4,8 +4,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <random>
 
+#include "kernels/cpu/element.h"
 #include "tests/kernels/cpu_call.h"
 
 namespace parallax::tests {
@@ -227,6 +229,106 @@ TEST(Decode, StatesOfAnySplitOfTheCacheMergeToTheWhole) {
       EXPECT_LE(distance(ours.lse, oracle(c).lse), 1e-4);
     }
   }
+}
+
+// What any cache of e4m3 numbers gives is as exact as what the same numbers in dtype would give.
+TEST(Decode, AnFp8CacheHoldsTheErrorRuleOnEveryInstructionSet) {
+  const cpu::Targets targets = cpu::supported_targets();
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (Data data : {Data::kZeroMean, Data::kShifted}) {
+      std::vector<Case> cases = decode_cases(dtype, data);
+      for (Case& c : long_cases(dtype, data)) cases.push_back(std::move(c));
+      for (Case& c : cases) {
+        quantise_cache(&c);
+        const Expected expected(c);
+        for (int i = 0; i < targets.size; ++i) {
+          const Results ours = cpu_decode(c, {2, 0, targets.list[i]});
+          EXPECT_EQ(error_rule(c, ours, expected), "") << targets.list[i]->name;
+          EXPECT_LE(distance(ours.lse, expected.exact.lse), 1e-4) << c.name;
+          EXPECT_EQ(ours.o, cpu_decode(c, {1, 16, targets.list[i]}).o) << "pages, " << c.name;
+        }
+      }
+    }
+  }
+}
+
+TEST(Decode, EveryE4M3NumberMeansTheSameOnEveryInstructionSet) {
+  // One visible key each: o is its value, exactly.
+  const cpu::Targets targets = cpu::supported_targets();
+  Case c;
+  c.problem = problem_of(DType::kFloat32, 8, 1, 1, 1, 1, 32);
+  c.lengths.kv_lens.assign(8, 1);
+  c.inputs = random_inputs(c.problem, Data::kZeroMean, 3);
+  for (unsigned bits = 0; bits < 256; ++bits) {
+    const bool nan = (bits & 0x7fu) == 0x7fu;
+    c.inputs.v[bits] = nan ? 0 : cpu::load(cpu::Float8E4M3{static_cast<std::uint8_t>(bits)});
+  }
+  c.problem.kv_dtype = DType::kFloat8E4M3;
+  c.k_scale = {1.0f};
+  c.v_scale = {3.0f};
+  Values expected = c.inputs.v;
+  for (double& value : c.inputs.v) value *= 3;
+  for (double& value : expected) value *= 3;
+  for (int i = 0; i < targets.size; ++i) {
+    EXPECT_EQ(cpu_decode(c, {1, 0, targets.list[i]}).o, expected) << targets.list[i]->name;
+  }
+}
+
+TEST(Decode, ANanInAVisibleFp8KeyIsSeen) {
+  const cpu::Targets targets = cpu::supported_targets();
+  Case c;
+  c.problem = problem_of(DType::kBFloat16, 1, 1, 40, 1, 1, 32);
+  c.lengths.kv_lens = {40};
+  c.inputs = random_inputs(c.problem, Data::kZeroMean, 3);
+  quantise_cache(&c);
+  c.inputs.v[39 * 32 + 5] = std::nan("");
+  for (int i = 0; i < targets.size; ++i) {
+    const Values o = cpu_decode(c, {1, 0, targets.list[i]}).o;
+    for (std::size_t d = 0; d < 32; ++d) EXPECT_EQ(std::isnan(o[d]), d == 5) << d;
+  }
+}
+
+TEST(Decode, RefusesScalesThatDoNotFitTheCache) {
+  AttentionProblem problem = problem_of(DType::kBFloat16, 1, 1, 4, 2, 2, 16);
+  Tensor q(problem, false), o(problem, false), k(problem, true);
+  const std::int32_t kv_lens[] = {4};
+  float scale[] = {1.0f, 1.0f};
+  DecodeArgs args;
+  args.q = args.r = q.const_view();
+  args.k_cache = args.v_cache = k.const_view();
+  args.o = o.view();
+  args.sequences.kv_lens = kv_lens;
+  const auto refusal = [&] {
+    DecodePlan decode;
+    if (Status status = plan(problem, {}, &decode); !status.ok()) return status.message();
+    std::vector<std::byte> workspace(workspace_bytes(decode) + 64);
+    void* aligned = workspace.data();
+    std::size_t space = workspace.size();
+    std::align(64, workspace_bytes(decode), aligned, space);
+    return run(decode, args, aligned, parallel_for(1)).message();
+  };
+  args.k_scale = scale;
+  EXPECT_EQ(refusal(), "k_scale: only a float8_e4m3 cache takes one");
+  args.k_scale = nullptr;
+  problem.kv_dtype = DType::kFloat8E4M3;
+  EXPECT_EQ(refusal(), "k_scale: a float8_e4m3 cache needs it, [num_kv_heads], got null");
+  args.k_scale = scale;
+  EXPECT_EQ(refusal(), "v_scale: a float8_e4m3 cache needs it, [num_kv_heads], got null");
+  args.v_scale = scale;
+  scale[1] = 0.0f;
+  EXPECT_EQ(refusal().rfind("k_scale[1]: expected a finite number above 0", 0), 0u);
+  scale[1] = INFINITY;
+  EXPECT_EQ(refusal().rfind("k_scale[1]: expected a finite number above 0", 0), 0u);
+  problem.kv_dtype = DType::kFloat32;
+  EXPECT_EQ(refusal().rfind("kv_dtype: ", 0), 0u);
+  problem.kv_dtype = DType::kFloat8E4M3;
+  problem.dtype = DType::kFloat64;
+  EXPECT_EQ(refusal().rfind("kv_dtype: ", 0), 0u);
+  problem.dtype = DType::kFloat8E4M3;
+  EXPECT_EQ(refusal().rfind("dtype: ", 0), 0u);
+  ForwardPlan forward;
+  problem.dtype = DType::kBFloat16;
+  EXPECT_EQ(plan(problem, {}, &forward).message().rfind("kv_dtype: ", 0), 0u);
 }
 
 TEST(AppendKv, BuildsACacheThatDecodesLikeOneMadeAtOnce) {

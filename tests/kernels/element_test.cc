@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// bfloat16 and float16, every bit pattern, and rounding to nearest even between all of them.
+// bfloat16, float16 and e4m3, every bit pattern, and rounding to nearest even between all of them.
 #include "kernels/cpu/element.h"
 
 #include <gtest/gtest.h>
@@ -67,6 +67,51 @@ TYPED_TEST(Half, BetweenNeighboursRoundsToNearestEven) {
   EXPECT_EQ(this->rounded(edge), infinity);
   EXPECT_EQ(this->rounded(std::nextafter(edge, 0.0f)), infinity - 1);
   EXPECT_EQ(this->rounded(INFINITY), infinity);
+}
+
+// The value of an e4m3 number from its definition; 0x7f and 0xff are NaN.
+double e4m3_value(unsigned bits) {
+  const int exponent = (bits >> 3) & 15, fraction = bits & 7;
+  if (exponent == 15 && fraction == 7) return NAN;
+  const double sign = (bits & 0x80u) ? -1.0 : 1.0;
+  return sign * std::ldexp(fraction + (exponent == 0 ? 0 : 8), std::max(exponent, 1) - 10);
+}
+
+unsigned e4m3_rounded(float x) {
+  Float8E4M3 eight;
+  store(x, &eight);
+  return eight.bits;
+}
+
+TEST(Float8E4M3, EveryPatternLoadsAndStoresBack) {
+  for (unsigned bits = 0; bits < 0x100u; ++bits) {
+    const float loaded = load(Float8E4M3{static_cast<std::uint8_t>(bits)});
+    if (std::isnan(e4m3_value(bits))) {
+      EXPECT_TRUE(std::isnan(loaded)) << bits;
+      EXPECT_EQ(e4m3_rounded(loaded), 0x7fu) << bits;
+      continue;
+    }
+    EXPECT_EQ(loaded, e4m3_value(bits)) << bits;
+    EXPECT_EQ(e4m3_rounded(loaded), bits);
+  }
+}
+
+TEST(Float8E4M3, BetweenNeighboursRoundsToNearestEven) {
+  for (unsigned bits = 0; bits < 0x7eu; ++bits) {
+    const float middle = static_cast<float>((e4m3_value(bits) + e4m3_value(bits + 1)) / 2);
+    const unsigned even = bits % 2 == 0 ? bits : bits + 1;
+    EXPECT_EQ(e4m3_rounded(middle), even) << bits;
+    EXPECT_EQ(e4m3_rounded(-middle), even | 0x80u) << bits;
+    EXPECT_EQ(e4m3_rounded(std::nextafter(middle, 0.0f)), bits) << bits;
+    EXPECT_EQ(e4m3_rounded(std::nextafter(middle, INFINITY)), bits + 1) << bits;
+  }
+}
+
+TEST(Float8E4M3, SaturatesAtTheLargestNumber) {
+  for (float x : {448.0f, 449.0f, 464.0f, 480.0f, 1e30f, INFINITY}) {
+    EXPECT_EQ(e4m3_rounded(x), 0x7eu) << x;
+    EXPECT_EQ(e4m3_rounded(-x), 0xfeu) << x;
+  }
 }
 
 }  // namespace

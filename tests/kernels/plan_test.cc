@@ -39,7 +39,8 @@ const BadProblem kBadProblems[] = {
        p->window = 4;
        p->causal = false;
      }},
-    {"dtype: expected one of DType, got 9", [](auto* p) { p->dtype = static_cast<DType>(9); }},
+    {"dtype: expected float64, float32, bfloat16 or float16 (DType 0 to 3), got 9",
+     [](auto* p) { p->dtype = static_cast<DType>(9); }},
 };
 
 template <class Plan>

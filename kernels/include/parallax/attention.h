@@ -24,6 +24,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 #include "parallax/status.h"
 #include "parallax/types.h"
@@ -44,7 +45,14 @@ struct AttentionProblem {
   bool causal = true;
   std::int64_t window = 0;  // 0: no window
   bool packed = false;
+  // Of k_cache and v_cache; absent: dtype. Only decode and append_kv take another one: kFloat8E4M3,
+  // with any dtype but float64.
+  std::optional<DType> kv_dtype;
 };
+
+inline DType cache_dtype(const AttentionProblem& problem) {
+  return problem.kv_dtype.value_or(problem.dtype);
+}
 
 // Per-sequence lengths, int32, in memory the device can read. Null: absent. Packed calls need both
 // cu_seqlens arrays and take no other; [batch + 1] offsets, ascending from 0 to the number of
@@ -101,6 +109,10 @@ struct StateView {
 // Attention of a few new tokens over a cache. kv_lens counts the new tokens too: append first.
 struct DecodeArgs {
   ConstView q, r, k_cache, v_cache;
+  // [num_kv_heads], finite and above 0: an element of a kFloat8E4M3 cache stands for itself times
+  // its head's scale. Required with such a cache, refused with others.
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
   Sequences sequences;  // kv_lens required; kv_start optional; never packed
   PageTable pages;
   View o;                 // null where the state is asked for instead
@@ -176,13 +188,17 @@ Status query_device(int index, Device* device);
 // Writes new tokens k, v [batch, q_len, num_kv_heads, head_dim] into a cache: token i of sequence b
 // goes to place positions[b] + i. Places at or beyond the cache's capacity (kv_len, or max_pages *
 // page_size) and pages outside [0, num_pages) are refused before anything is written (CPU).
+// A kFloat8E4M3 cache takes x / scale, rounded to nearest even, what lies beyond 448 to 448.
 struct AppendArgs {
   ConstView k, v;
+  const float* k_scale = nullptr;  // as in DecodeArgs
+  const float* v_scale = nullptr;
   const std::int32_t* positions = nullptr;  // [batch]
   PageTable pages;
   View k_cache, v_cache;
 };
-// problem: dtype, batch, q_len (new tokens), kv_len (capacity), num_kv_heads, head_dim are read.
+// problem: dtype, kv_dtype, batch, q_len (new tokens), kv_len (capacity), num_kv_heads, head_dim
+// are read.
 Status append_kv(const AttentionProblem& problem, const AppendArgs& args,
                  const ParallelFor& parallel_for);
 

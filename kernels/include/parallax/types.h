@@ -15,7 +15,9 @@
 
 namespace parallax {
 
-enum class DType : std::uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16 };
+// kFloat8E4M3 (4 exponent bits, 3 fraction bits, largest 448, no infinity) is a type of caches
+// only.
+enum class DType : std::uint8_t { kFloat64, kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 
 // A view of [batch, len, heads, head_dim], packed [tokens, heads, head_dim] (batch_stride unused)
 // or pages [num_pages, page_size, heads, head_dim] (batch_stride steps pages). Strides count
