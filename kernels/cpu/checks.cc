@@ -119,6 +119,45 @@ Status check_visible_pages(const AttentionProblem& problem, const Sequences& seq
   return {};
 }
 
+// Rows [first, first + q_len) of something that has `size` of them.
+Status check_places(const char* name, std::int64_t b, std::int64_t first, std::int64_t q_len,
+                    std::int64_t size, const char* what) {
+  if (first >= 0 && first + q_len <= size) return {};
+  return expected(element(name, b),
+                  "0 to " + std::to_string(size - q_len) + " (" + what + " " +
+                      std::to_string(size) + ", new tokens " + std::to_string(q_len) + ")",
+                  first);
+}
+
+bool rotates(const AppendPrologue& prologue) {
+  return prologue.k.rotate || prologue.q.head.rotate || prologue.r.head.rotate;
+}
+
+Status check_query_prologue(const char* name, std::int64_t elements, const QueryPrologue& query) {
+  const bool asked = query.out.data || query.head.gain || query.head.rotate;
+  const std::string field = std::string("prologue.") + name;
+  if (query.in.data || asked) {
+    PARALLAX_RETURN_IF_ERROR(check_present((field + ".in").c_str(), query.in.data, elements));
+    PARALLAX_RETURN_IF_ERROR(check_present((field + ".out").c_str(), query.out.data, elements));
+  }
+  return {};
+}
+
+Status check_prologue(const AttentionProblem& problem, const AppendPrologue& prologue) {
+  const std::int64_t elements =
+      problem.batch * problem.q_len * problem.num_q_heads * problem.head_dim;
+  PARALLAX_RETURN_IF_ERROR(check_query_prologue("q", elements, prologue.q));
+  PARALLAX_RETURN_IF_ERROR(check_query_prologue("r", elements, prologue.r));
+  if (!(prologue.eps >= 0 && std::isfinite(prologue.eps))) {
+    return Status::invalid_argument("prologue.eps: expected a finite number of at least 0, got " +
+                                    std::to_string(prologue.eps));
+  }
+  if (!rotates(prologue)) return {};
+  const std::int64_t table = prologue.num_angles * problem.head_dim / 2;
+  PARALLAX_RETURN_IF_ERROR(check_present("prologue.cos", prologue.cos, table));
+  return check_present("prologue.sin", prologue.sin, table);
+}
+
 std::int64_t num_tokens(const AttentionProblem& problem, std::int64_t len) {
   return problem.packed ? len : problem.batch * len;
 }
@@ -270,7 +309,16 @@ Status check_arguments(const AttentionProblem& problem, const DecodeArgs& args) 
   return check_visible_pages(problem, args.sequences, args.pages);
 }
 
-Status check_arguments(const AttentionProblem& problem, const AppendArgs& args) {
+AttentionProblem append_problem(const AttentionProblem& problem, const AppendArgs& args) {
+  AttentionProblem shape = problem;
+  const AppendPrologue& prologue = args.prologue;
+  if (!prologue.q.in.data && !prologue.r.in.data) shape.num_q_heads = shape.num_kv_heads;
+  shape.scale = 1.0;
+  shape.window = 0;
+  return shape;
+}
+
+Status check_pointers(const AttentionProblem& problem, const AppendArgs& args) {
   const std::int64_t elements =
       problem.batch * problem.q_len * problem.num_kv_heads * problem.head_dim;
   PARALLAX_RETURN_IF_ERROR(check_present("k", args.k.data, elements));
@@ -278,20 +326,26 @@ Status check_arguments(const AttentionProblem& problem, const AppendArgs& args) 
   PARALLAX_RETURN_IF_ERROR(check_present("k_cache", args.k_cache.data, elements));
   PARALLAX_RETURN_IF_ERROR(check_present("v_cache", args.v_cache.data, elements));
   PARALLAX_RETURN_IF_ERROR(check_present("positions", args.positions, problem.batch));
-  PARALLAX_RETURN_IF_ERROR(check_scales(problem, args.k_scale, args.v_scale));
+  PARALLAX_RETURN_IF_ERROR(check_scales_present(problem, args.k_scale, args.v_scale));
   if (args.pages.table) PARALLAX_RETURN_IF_ERROR(check_page_table(problem, args.pages));
+  return check_prologue(problem, args.prologue);
+}
+
+Status check_arguments(const AttentionProblem& problem, const AppendArgs& args) {
+  PARALLAX_RETURN_IF_ERROR(check_pointers(problem, args));
+  PARALLAX_RETURN_IF_ERROR(check_scales(problem, args.k_scale, args.v_scale));
   for (std::int64_t b = 0; b < problem.batch && problem.q_len > 0; ++b) {
+    PARALLAX_RETURN_IF_ERROR(
+        check_places("positions", b, args.positions[b], problem.q_len, problem.kv_len, "capacity"));
     const std::int64_t position = args.positions[b];
-    if (position < 0 || position + problem.q_len > problem.kv_len) {
-      return expected(element("positions", b),
-                      "0 to " + std::to_string(problem.kv_len - problem.q_len) + " (capacity " +
-                          std::to_string(problem.kv_len) + ", new tokens " +
-                          std::to_string(problem.q_len) + ")",
-                      position);
-    }
     if (args.pages.table) {
       PARALLAX_RETURN_IF_ERROR(check_pages(args.pages, b, position, position + problem.q_len));
     }
+    if (!rotates(args.prologue)) continue;
+    const std::int32_t* angles = args.prologue.angles ? args.prologue.angles : args.positions;
+    PARALLAX_RETURN_IF_ERROR(check_places(args.prologue.angles ? "angles" : "positions", b,
+                                          angles[b], problem.q_len, args.prologue.num_angles,
+                                          "num_angles"));
   }
   return {};
 }

@@ -11,6 +11,12 @@ namespace parallax::cpu {
 Status check_problem(const AttentionProblem& problem, const Device& device);
 Status check_decode_problem(const AttentionProblem& problem, const Device& device);
 
+// The problem that append_kv reads: num_q_heads where the prologue has queries, what else it does
+// not look at in harmless values. And what it asks of its arguments short of reading what they
+// point to. For every device.
+AttentionProblem append_problem(const AttentionProblem& problem, const AppendArgs& args);
+Status check_pointers(const AttentionProblem& problem, const AppendArgs& args);
+
 // Whether both scales are there where the cache is FP8, and only there: pointers alone, for every
 // device. The values are the CPU's to check.
 Status check_scales_present(const AttentionProblem& problem, const float* k_scale,

@@ -185,10 +185,38 @@ Status schedule(const DecodePlan& plan, const Sequences& sequences, void* schedu
 // Fills *device with CUDA device `index`: what plan() needs to know of it.
 Status query_device(int index, Device* device);
 
+// What happens to a head of q, r or k between its projection and attention, in this order
+// (Qwen3's): RMSNorm, x / sqrt(mean(x^2) + eps) * gain over head_dim, and RoPE, the pairs (x_i,
+// x_{i + head_dim / 2}) turned by the angles of their token. In float (double where dtype is
+// float64) and rounded once, at the end.
+struct HeadPrologue {
+  const float* gain = nullptr;  // [head_dim]; null: no norm
+  bool rotate = false;
+};
+
+// Queries on their way to decode, [batch, q_len, num_q_heads, head_dim]. `out` may be `in`.
+struct QueryPrologue {
+  ConstView in;  // null: none
+  View out;
+  HeadPrologue head;
+};
+
+struct AppendPrologue {
+  HeadPrologue k;
+  QueryPrologue q, r;
+  double eps = 1e-6;
+  const float* cos = nullptr;  // [num_angles, head_dim / 2]
+  const float* sin = nullptr;
+  std::int64_t num_angles = 0;
+  // [batch]: token i of sequence b turns by row angles[b] + i; null: by its place in the cache.
+  const std::int32_t* angles = nullptr;
+};
+
 // Writes new tokens k, v [batch, q_len, num_kv_heads, head_dim] into a cache: token i of sequence b
 // goes to place positions[b] + i. Places at or beyond the cache's capacity (kv_len, or max_pages *
-// page_size) and pages outside [0, num_pages) are refused before anything is written (CPU).
-// A kFloat8E4M3 cache takes x / scale, rounded to nearest even, what lies beyond 448 to 448.
+// page_size) and pages outside [0, num_pages) are refused before anything is written on the CPU,
+// and skipped on CUDA, like rows to be turned by angles outside the table. A kFloat8E4M3 cache
+// takes x / scale, rounded to nearest even, what lies beyond 448 to 448.
 struct AppendArgs {
   ConstView k, v;
   const float* k_scale = nullptr;  // as in DecodeArgs
@@ -196,19 +224,29 @@ struct AppendArgs {
   const std::int32_t* positions = nullptr;  // [batch]
   PageTable pages;
   View k_cache, v_cache;
+  AppendPrologue prologue;  // optional
 };
 // problem: dtype, kv_dtype, batch, q_len (new tokens), kv_len (capacity), num_kv_heads, head_dim
-// are read.
+// are read, and num_q_heads where the prologue has queries. CUDA as run(): device memory, enqueued
+// on a stream of `device`; bf16 and fp16, addresses in multiples of 16 bytes and strides of 8
+// elements. Both devices write the same bits.
 Status append_kv(const AttentionProblem& problem, const AppendArgs& args,
                  const ParallelFor& parallel_for);
+Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const Device& device,
+                 Stream stream);
 
 // Merges num_states partial states of the same rows, in order, into `merged` (may alias the first).
-// rows = batch * q_len * num_q_heads of the problem; the identity is m = -inf, zeros.
+// rows = batch * q_len * num_q_heads of the problem; the identity is m = -inf, zeros. The array of
+// states is host memory, on CUDA too; what they point to is the device's, in multiples of 16 bytes.
 Status merge_states(const AttentionProblem& problem, const StateView* states, int num_states,
                     const StateView& merged, const ParallelFor& parallel_for);
+Status merge_states(const AttentionProblem& problem, const StateView* states, int num_states,
+                    const StateView& merged, const Device& device, Stream stream);
 
-// o, lse and t_bar (each optional) of a state. o in problem.dtype.
+// o, lse and t_bar (each optional) of a state. o in problem.dtype; CUDA: bf16, fp16, float32.
 Status finalize_state(const AttentionProblem& problem, const StateView& state, const View& o,
                       float* lse, float* t_bar, const ParallelFor& parallel_for);
+Status finalize_state(const AttentionProblem& problem, const StateView& state, const View& o,
+                      float* lse, float* t_bar, const Device& device, Stream stream);
 
 }  // namespace parallax
