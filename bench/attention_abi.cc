@@ -25,13 +25,13 @@ extern "C" {
 struct ParallaxCall {
   std::int64_t batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim, window;
   double scale;
-  std::int32_t causal, packed, fp16, device;
+  std::int32_t causal, packed, fp16, portable, device;
   Tensor q, r, k, v, o, v_bar, d_o, dq, dr, dk, dv;
   const std::int32_t* cu_seqlens_q;
   const std::int32_t* cu_seqlens_k;
   void* lse;
   void* t_bar;
-  void* workspace;  // null: only *workspace_bytes is written
+  void* workspace;  // null where some is needed: only workspace_bytes is written
   std::int64_t workspace_bytes;
   char message[256];
 };
@@ -76,10 +76,11 @@ int plan_and_run(ParallaxCall* call, const Args& args, void* stream) {
   parallax::Device device;
   Plan plan;
   parallax::Status status = parallax::query_device(call->device, &device);
+  device.portable = call->portable != 0;
   if (status.ok()) status = parallax::plan(problem_of(*call), device, &plan);
   if (status.ok()) {
     call->workspace_bytes = static_cast<std::int64_t>(workspace_bytes(plan));
-    if (call->workspace == nullptr) return 0;
+    if (call->workspace == nullptr && call->workspace_bytes > 0) return 0;
     status = run(plan, args, call->workspace, stream);
   }
   if (status.ok()) return 0;

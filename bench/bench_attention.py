@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Times the CUDA forward beside softmax attention's best kernels, in one process.
 
-    bench_attention.py [--lib NAME=libparallax_bench.so ...] [--rounds N] [--only TEXT] [--json FILE]
+    bench_attention.py [--lib NAME=libparallax_bench.so ...] [--portable] [--rounds N] [--only TEXT]
+                       [--json FILE]
 
 Baselines that are not installed are left out: FlashAttention-3 (package fa3-fwd), cuDNN and
 FlashAttention-2 (through torch). Contestants take turns; before every call the GPU sleeps about
@@ -32,7 +33,7 @@ class Call(ctypes.Structure):
         [(name, ctypes.c_int64) for name in
          ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "window")]
         + [("scale", ctypes.c_double)]
-        + [(name, ctypes.c_int32) for name in ("causal", "packed", "fp16", "device")]
+        + [(name, ctypes.c_int32) for name in ("causal", "packed", "fp16", "portable", "device")]
         + [(name, Tensor) for name in
            ("q", "r", "k", "v", "o", "v_bar", "d_o", "dq", "dr", "dk", "dv")]
         + [(name, ctypes.c_void_p) for name in
@@ -116,13 +117,13 @@ class Problem:
             self.cu = ends.to(device="cuda", dtype=torch.int32)
 
 
-def parallax(library, problem):
+def parallax(library, problem, portable=False):
     """A function of no arguments that enqueues our forward on the current stream."""
     row = problem.row
     call = Call(batch=len(row.lengths) if row.lengths else row.batch, q_len=problem.tokens,
                 kv_len=problem.tokens, num_q_heads=row.q_heads, num_kv_heads=row.kv_heads,
                 head_dim=row.head_dim, window=row.window, scale=problem.scale, causal=row.causal,
-                packed=bool(row.lengths), fp16=row.dtype == torch.float16,
+                packed=bool(row.lengths), fp16=row.dtype == torch.float16, portable=portable,
                 device=torch.cuda.current_device())
     for name in "qrkvo":
         tensor = getattr(problem, name)
@@ -228,6 +229,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lib", action="append", metavar="NAME=PATH",
                         help="default: Parallax=build/libparallax_bench.so; may be repeated")
+    parser.add_argument("--portable", action="store_true",
+                        help="time the portable kernels too, those that GPUs other than Hopper take")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--json", help="write the figures here too")
@@ -236,6 +239,9 @@ def main():
     for item in arguments.lib or ["Parallax=build/libparallax_bench.so"]:
         name, path = item.split("=", 1)
         libraries[name] = ctypes.CDLL(path)
+    kinds = {name: (library, False) for name, library in libraries.items()}
+    if arguments.portable:
+        kinds |= {f"{name}, portable": (library, True) for name, library in libraries.items()}
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; forward, ms; "
           "rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
     figures = []
@@ -244,8 +250,8 @@ def main():
             continue
         problem = Problem(row)
         contestants, errors = {}, {}
-        for name, library in libraries.items():
-            contestants[name] = parallax(library, problem)
+        for name, (library, portable) in kinds.items():
+            contestants[name] = parallax(library, problem, portable)
             problem.o.fill_(float("nan"))
             contestants[name]()
             errors[name] = check(problem)
@@ -254,7 +260,7 @@ def main():
         reference = times.get("FA3")
         print(row.name())
         for name, ms in times.items():
-            text = f"  {name:12s} {ms:8.4f}"
+            text = f"  {name:18s} {ms:8.4f}"
             if reference and name != "FA3":
                 text += f"  {ms / reference:5.2f} of FA3"
             if name in errors:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Times the CUDA backward beside softmax attention's, in one process.
 
-    bench_attention_backward.py [--lib NAME=libparallax_bench.so ...] [--rounds N] [--only TEXT]
+    bench_attention_backward.py [--lib NAME=libparallax_bench.so ...] [--portable] [--rounds N]
+                                [--only TEXT]
 
 Baselines are cuDNN's and FlashAttention-2's backward, through torch's autograd; timed as
 bench_attention.py times the forward. Parallax needs 8 matrix products per tile (ours executes 11)
@@ -21,7 +22,7 @@ GRADIENTS = ("dq", "dr", "dk", "dv")
 class BackwardProblem(Problem):
     """A row's inputs, gradients, and what the forward saves, made by our forward."""
 
-    def __init__(self, row, library):
+    def __init__(self, row, library, portable=False):
         super().__init__(row)
         self.d_o = torch.randn_like(self.q)
         self.v_bar = torch.empty_like(self.q)
@@ -31,16 +32,16 @@ class BackwardProblem(Problem):
         for name in GRADIENTS:
             like = self.q if name in ("dq", "dr") else self.k
             setattr(self, name, torch.full_like(like, float("nan")))
-        self.enqueue(library.parallax_forward)()
+        self.enqueue(library.parallax_forward, portable)()
 
-    def enqueue(self, function):
+    def enqueue(self, function, portable=False):
         """A function of no arguments that enqueues this call on the current stream."""
         row = self.row
         call = Call(batch=len(row.lengths) if row.lengths else row.batch, q_len=self.tokens,
                     kv_len=self.tokens, num_q_heads=row.q_heads, num_kv_heads=row.kv_heads,
                     head_dim=row.head_dim, window=row.window, scale=self.scale, causal=row.causal,
                     packed=bool(row.lengths), fp16=row.dtype == torch.float16,
-                    device=torch.cuda.current_device(), lse=self.lse.data_ptr(),
+                    portable=portable, device=torch.cuda.current_device(), lse=self.lse.data_ptr(),
                     t_bar=self.t_bar.data_ptr())
         for name in ("q", "r", "k", "v", "o", "v_bar", "d_o") + GRADIENTS:
             tensor = getattr(self, name)
@@ -124,6 +125,8 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lib", action="append", metavar="NAME=PATH",
                         help="default: Parallax=build/libparallax_bench.so; may be repeated")
+    parser.add_argument("--portable", action="store_true",
+                        help="time the portable kernels too, those that GPUs other than Hopper take")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--only", default="", help="rows whose name contains this")
     arguments = parser.parse_args()
@@ -131,6 +134,9 @@ def main():
     for item in arguments.lib or ["Parallax=build/libparallax_bench.so"]:
         name, path = item.split("=", 1)
         libraries[name] = ctypes.CDLL(path)
+    kinds = {name: (library, False) for name, library in libraries.items()}
+    if arguments.portable:
+        kinds |= {f"{name}, portable": (library, True) for name, library in libraries.items()}
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; backward, ms; "
           "rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
     for row in ROWS:
@@ -138,15 +144,15 @@ def main():
             continue
         print(row.name())
         contestants, errors = {}, {}
-        for name, library in libraries.items():
-            problem = BackwardProblem(row, library)
-            contestants[name] = problem.enqueue(library.parallax_backward)
+        for name, (library, portable) in kinds.items():
+            problem = BackwardProblem(row, library, portable)
+            contestants[name] = problem.enqueue(library.parallax_backward, portable)
             contestants[name]()
             errors[name] = check(problem)
         contestants.update(baselines(problem))
         times = measure(contestants, arguments.rounds)
         for name, ms in times.items():
-            text = f"  {name:12s} {ms:8.4f}"
+            text = f"  {name:18s} {ms:8.4f}"
             if "cuDNN" in times and name != "cuDNN":
                 text += f"  {ms / times['cuDNN']:5.2f} of cuDNN"
             if name in errors:

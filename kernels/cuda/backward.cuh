@@ -27,22 +27,17 @@ Status launch_backward(const BackwardMaps& maps, const BackwardParams& params,
   static_assert(sizeof(KeysShared<kHeadDim>) <= 227 * 1024);
   static_assert(sizeof(QueriesShared<kHeadDim>) <= 227 * 1024);
   const AttentionProblem& problem = params.problem;
-  const std::int64_t entries = problem.packed ? 1 : problem.batch;
-  const dim3 blocks(static_cast<unsigned>(params.num_statistics_tiles * entries + problem.batch),
-                    static_cast<unsigned>(problem.num_q_heads));
-  backward_prepare<T, kHeadDim><<<blocks, 256, 0, stream>>>(params);
-  if (Status s = check_cuda(cudaGetLastError(), "backward: prepare"); !s.ok()) return s;
-  if (Status s = launch_tiles(backward_queries<T, kHeadDim>, "backward: queries",
-                              params.num_query_tiles * entries * problem.num_q_heads,
-                              QueriesBlock<T, kHeadDim>::kThreads, sizeof(QueriesShared<kHeadDim>),
-                              maps, params, stream);
+  if (Status s = launch_prepare<T, kHeadDim>(params, stream); !s.ok()) return s;
+  if (Status s =
+          launch_tiles(backward_queries<T, kHeadDim>, "backward: queries",
+                       num_blocks(problem, params.query_grid), QueriesBlock<T, kHeadDim>::kThreads,
+                       sizeof(QueriesShared<kHeadDim>), maps, params, stream);
       !s.ok()) {
     return s;
   }
   return launch_tiles(backward_keys<T, kHeadDim>, "backward: keys",
-                      params.num_key_tiles * entries * problem.num_kv_heads,
-                      KeysBlock<T, kHeadDim>::kThreads, sizeof(KeysShared<kHeadDim>), maps, params,
-                      stream);
+                      num_blocks(problem, params.key_grid), KeysBlock<T, kHeadDim>::kThreads,
+                      sizeof(KeysShared<kHeadDim>), maps, params, stream);
 }
 
 }  // namespace parallax

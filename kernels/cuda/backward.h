@@ -13,6 +13,7 @@
 
 #include <cstdint>
 
+#include "cuda/place.h"
 #include "parallax/attention.h"
 #include "parallax/mask.h"
 
@@ -36,7 +37,7 @@ struct BackwardMaps {
 struct BackwardParams {
   AttentionProblem problem;
   Sequences sequences;
-  ConstView k, o, v_bar, d_o;
+  ConstView q, r, k, v, o, v_bar, d_o;
   const float* lse = nullptr;
   const float* t_bar = nullptr;
   View dq, dr, dk, dv;
@@ -44,12 +45,10 @@ struct BackwardParams {
   float scale_log2 = 0;  // scale log2(e)
   float fold = 0;        // scale, or something tiny in place of 0
   int group = 1;         // query heads to a key/value head
-  // Work: tiles of the longest place, and how many heads to work on at once (schedule).
+  // Work.
   int num_statistics_tiles = 0;  // of 64 queries
-  int num_query_tiles = 0;       // of 128
-  int num_key_tiles = 0;         // of 128
-  int query_section = 1;
-  int key_section = 1;
+  TileGrid query_grid;
+  TileGrid key_grid;
   // In the workspace. Statistics are [batch, num_q_heads, statistics_rows], packed [num_q_heads,
   // statistics_rows], each sequence from a multiple of 64 rows on; rows behind a sequence's last
   // query read as queries that see nothing.

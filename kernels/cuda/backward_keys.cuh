@@ -32,11 +32,11 @@ struct alignas(1024) KeysShared {
   Range queries[kBackwardTile];  // that see each key
   // The block's work, here because registers are scarce.
   Sequence sequence;
-  BackwardPlace place;
-  Range tiles;            // of queries that meet the keys, the same for every head
-  Range visible[2];       // by warpgroup: query tiles that its keys meet at all,
-  Range whole[2];         // and that need no mask
-  BackwardPlace next[4];  // by loading warp: the query tile it loads next
+  BlockPlace place;
+  Range tiles;         // of queries that meet the keys, the same for every head
+  Range visible[2];    // by warpgroup: query tiles that its keys meet at all,
+  Range whole[2];      // and that need no mask
+  BlockPlace next[4];  // by loading warp: the query tile it loads next
   std::uint64_t full[kBackwardStages], empty[kBackwardStages], keys_full;
 };
 
@@ -83,7 +83,7 @@ struct KeysBlock {
   // The next query tile: the four warps of the loading warpgroup take q, r, d_o, the statistics.
   __device__ __forceinline__ void load(int stage, int phase) const {
     if (lane() == 0) {
-      BackwardPlace& next = shared.next[warp()];
+      BlockPlace& next = shared.next[warp()];
       const Sequence& sequence = shared.sequence;
       auto& to = shared.stages[stage];
       std::uint64_t* full = &shared.full[stage];
@@ -299,9 +299,8 @@ __global__ void __launch_bounds__(KeysBlock<T, kHeadDim>::kThreads, 1)
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& shared = *reinterpret_cast<KeysShared<kHeadDim>*>(memory);
   // A key near the start is seen by the most queries: first tiles first.
-  const BackwardPlace place =
-      place_block(params, static_cast<int>(params.problem.num_kv_heads), params.num_key_tiles,
-                  params.key_section, params.sequences.cu_seqlens_k, false);
+  const BlockPlace place =
+      place_block(params.problem, params.key_grid, params.sequences.cu_seqlens_k, false);
   if (place.b < 0) return;
   const Sequence sequence = sequence_at(params.problem, params.sequences, place.b);
   const Mask& mask = sequence.mask;
@@ -311,7 +310,7 @@ __global__ void __launch_bounds__(KeysBlock<T, kHeadDim>::kThreads, 1)
     shared.sequence = sequence;
     shared.place = place;
     shared.tiles = tiles_over(mask.queries({first_key, first_key + kBackwardTile}));
-    for (BackwardPlace& next : shared.next) {
+    for (BlockPlace& next : shared.next) {
       next = {place.b, place.head * params.group, shared.tiles.begin};
     }
     for (int i = 0; i < kBackwardStages; ++i) {

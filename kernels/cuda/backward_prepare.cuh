@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/backward_tile.cuh"
+#include "cuda/launch.h"
 
 namespace parallax {
 
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(256)
     }
     return;
   }
-  BackwardPlace place{tile / params.num_statistics_tiles, head, tile % params.num_statistics_tiles};
+  BlockPlace place{tile / params.num_statistics_tiles, head, tile % params.num_statistics_tiles};
   if (problem.packed) {
     place.b = -1;
     find_packed_tile(params.sequences.cu_seqlens_q, static_cast<int>(problem.batch), kBackwardRows,
@@ -120,6 +121,18 @@ __global__ void __launch_bounds__(256)
     params.softmax[statistics + i] = softmax;
     params.gradient[statistics + i] = gradient;
   }
+}
+
+// Internal to each object: the Hopper kernels' and the portable ones' each launch the code compiled
+// beside them.
+template <class T, int kHeadDim>
+static Status launch_prepare(const BackwardParams& params, cudaStream_t stream) {
+  const AttentionProblem& problem = params.problem;
+  const std::int64_t entries = problem.packed ? 1 : problem.batch;
+  const dim3 blocks(static_cast<unsigned>(params.num_statistics_tiles * entries + problem.batch),
+                    static_cast<unsigned>(problem.num_q_heads));
+  backward_prepare<T, kHeadDim><<<blocks, 256, 0, stream>>>(params);
+  return check_cuda(cudaGetLastError(), "backward: prepare");
 }
 
 }  // namespace parallax

@@ -29,7 +29,7 @@ struct alignas(1024) QueriesShared {
   Range keys[kBackwardTile];         // that each query sees
   // The block's work, here because registers are scarce.
   Sequence sequence;
-  BackwardPlace place;
+  BlockPlace place;
   Range tiles;       // of keys that some query sees
   Range visible[2];  // by warpgroup: key tiles that its queries see at all,
   Range whole[2];    // and that need no mask
@@ -311,9 +311,8 @@ __global__ void __launch_bounds__(QueriesBlock<T, kHeadDim>::kThreads, 1)
   extern __shared__ __align__(1024) std::uint8_t memory[];
   auto& shared = *reinterpret_cast<QueriesShared<kHeadDim>*>(memory);
   // A query near the end sees the most keys: last tiles first.
-  const BackwardPlace place =
-      place_block(params, static_cast<int>(params.problem.num_q_heads), params.num_query_tiles,
-                  params.query_section, params.sequences.cu_seqlens_q, true);
+  const BlockPlace place =
+      place_block(params.problem, params.query_grid, params.sequences.cu_seqlens_q, true);
   if (place.b < 0) return;
   const Sequence sequence = sequence_at(params.problem, params.sequences, place.b);
   const Mask& mask = sequence.mask;

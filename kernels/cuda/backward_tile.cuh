@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: MIT
-// What the backward kernels share: from a block to its tile, the tile in shared memory, gradients
-// out of registers.
+// What the backward kernels share: the tile in shared memory, gradients out of registers.
 #pragma once
 
 #include "cuda/backward.h"
+#include "cuda/place.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/wgmma.cuh"
 
@@ -20,68 +20,16 @@ __device__ __forceinline__ Range uniform(const Range& range) {
   return {ptx::uniform(range.begin), ptx::uniform(range.end)};
 }
 
-// The tiles of 64 rows that hold a row of the range.
-__device__ __forceinline__ Range tiles_over(const Range& rows) {
+// The tiles of `tile` rows that hold a row of the range.
+__device__ __forceinline__ Range tiles_over(const Range& rows, int tile = kBackwardRows) {
   if (rows.empty()) return {};
-  return {rows.begin / kBackwardRows, (rows.end + kBackwardRows - 1) / kBackwardRows};
+  return {rows.begin / tile, (rows.end + tile - 1) / tile};
 }
 
-// The tiles of 64 rows that both ranges hold whole.
-__device__ __forceinline__ Range tiles_within(const Range& a, const Range& b) {
-  return {(max(a.begin, b.begin) + kBackwardRows - 1) / kBackwardRows,
-          min(a.end, b.end) / kBackwardRows};
-}
-
-// A block's work: one tile of rows of one sequence and head.
-struct BackwardPlace {
-  int b = -1;  // negative: nothing
-  int head = 0;
-  int tile = 0;
-};
-
-// The sequence that holds the n-th tile, counted through the sequences of a packed call in order,
-// and its number there. Called by whole warps.
-__device__ inline void find_packed_tile(const std::int32_t* cu_seqlens, int batch, int rows, int n,
-                                        BackwardPlace* place) {
-  const int lane = threadIdx.x & 31;
-  for (int first = 0; first < batch; first += 32) {
-    const int b = first + lane;
-    const int own = b < batch ? (cu_seqlens[b + 1] - cu_seqlens[b] + rows - 1) / rows : 0;
-    int end = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int left = __shfl_up_sync(0xffffffffu, end, step);
-      if (lane >= step) end += left;
-    }
-    const unsigned behind = __ballot_sync(0xffffffffu, end > n);
-    if (behind != 0) {
-      const int winner = __ffs(behind) - 1;
-      place->b = first + winner;
-      place->tile = n - __shfl_sync(0xffffffffu, end - own, winner);
-      return;
-    }
-    n -= __shfl_sync(0xffffffffu, end, 31);
-  }
-}
-
-// Blocks run through sections of `section` heads, whose streamed tensors fit the L2 cache together,
-// and inside a section through the tiles, all heads of one before the next.
-__device__ inline BackwardPlace place_block(const BackwardParams& params, int num_heads,
-                                            int num_tiles, int section,
-                                            const std::int32_t* cu_seqlens, bool last_first) {
-  const AttentionProblem& problem = params.problem;
-  const int pairs = (problem.packed ? 1 : static_cast<int>(problem.batch)) * num_heads;
-  const int first = static_cast<int>(blockIdx.x) / (section * num_tiles) * section;
-  const int rest = static_cast<int>(blockIdx.x) - first * num_tiles;
-  const int width = min(section, pairs - first);
-  const int pair = first + rest % width;
-  const int tile = last_first ? num_tiles - 1 - rest / width : rest / width;
-  BackwardPlace place{pair / num_heads, pair % num_heads, tile};
-  if (problem.packed) {
-    place.b = -1;
-    find_packed_tile(cu_seqlens, static_cast<int>(problem.batch), kBackwardTile, tile, &place);
-  }
-  return place;
+// The tiles of `tile` rows that both ranges hold whole.
+__device__ __forceinline__ Range tiles_within(const Range& a, const Range& b,
+                                              int tile = kBackwardRows) {
+  return {(max(a.begin, b.begin) + tile - 1) / tile, min(a.end, b.end) / tile};
 }
 
 // Descriptor offsets (units of 16 bytes) of step `kk` of 16 columns in panels `stride` bytes apart.

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The host half of the Hopper forward: what it takes, its tensor maps, its launch.
+// The host half of the CUDA forward: what it takes, which kernel; the Hopper kernel's tensor maps
+// and launch.
 
 #include <algorithm>
 #include <cmath>
@@ -9,7 +10,9 @@
 #include "cuda/element.h"
 #include "cuda/forward.h"
 #include "cuda/launch.h"
+#include "cuda/place.h"
 #include "cuda/plan.h"
+#include "cuda/portable_forward.h"
 #include "cuda/schedule.h"
 
 namespace parallax {
@@ -19,33 +22,11 @@ constexpr std::size_t kWorkspaceAlignment = 256;
 constexpr std::int64_t kMaxLen = (1 << 30) - 256;  // masks add two lengths in 32 bits
 constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
 
-std::int64_t ceil_div64(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-
 // Query tiles of all sequences and heads; packed, where lengths are on the device, at most.
 std::int64_t max_tickets(const AttentionProblem& problem) {
   const int queries = forward_tile(padded_head_dim(problem.head_dim)).queries();
-  const std::int64_t tiles = problem.packed ? problem.q_len / queries + problem.batch
-                                            : problem.batch * ceil_div64(problem.q_len, queries);
-  return tiles * problem.num_q_heads;
-}
-
-// A view {head_dim, len, heads, batch} as the copy engine sees it. An axis of one element may have
-// any stride in the caller's view.
-TensorMapSpec spec_of(const AttentionProblem& problem, const ConstView& view, std::int64_t len,
-                      std::int64_t heads) {
-  TensorMapSpec spec;
-  spec.dtype = problem.dtype;
-  spec.data = view.data;
-  spec.rank = 4;
-  const std::int64_t sizes[] = {problem.head_dim, len, heads, problem.packed ? 1 : problem.batch};
-  const std::int64_t strides[] = {1, view.len_stride, view.head_stride, view.batch_stride};
-  for (int i = 0; i < 4; ++i) {
-    spec.sizes[i] = sizes[i];
-    spec.strides[i] = sizes[i] == 1 ? 8 : strides[i];
-    spec.box[i] = 1;
-  }
-  spec.box[0] = 64;
-  return spec;
+  const std::int64_t entries = problem.packed ? 1 : problem.batch;
+  return num_tiles(problem, problem.q_len, queries) * entries * problem.num_q_heads;
 }
 
 // q and r interleaved by eights in one map, {columns of all heads, row, q | r, 8-row group, batch}:
@@ -66,7 +47,7 @@ bool interleave(const AttentionProblem& problem, const ForwardTile& tile, const 
   }
   const auto* low = static_cast<const char*>(r_first ? r.data : q.data);
   const auto* high = static_cast<const char*>(r_first ? q.data : r.data);
-  *spec = spec_of(problem, q, problem.q_len, 1);
+  *spec = tensor_map_spec(problem, q, problem.q_len, 1);
   spec->data = low;
   spec->rank = 5;
   spec->sizes[0] = (problem.num_q_heads - 1) * q.head_stride + problem.head_dim;
@@ -89,13 +70,15 @@ bool interleave(const AttentionProblem& problem, const ForwardTile& tile, const 
 
 Status encode_maps(const AttentionProblem& problem, const ForwardTile& tile,
                    const ForwardArgs& args, ForwardMaps* maps, ForwardParams* params) {
-  TensorMapSpec q = spec_of(problem, args.q, problem.q_len, problem.num_q_heads);
-  TensorMapSpec r = spec_of(problem, args.r, problem.q_len, problem.num_q_heads);
+  TensorMapSpec q = tensor_map_spec(problem, args.q, problem.q_len, problem.num_q_heads);
+  TensorMapSpec r = tensor_map_spec(problem, args.r, problem.q_len, problem.num_q_heads);
   q.box[1] = r.box[1] = 8;
   // Without keys nothing is loaded through their maps; q stands in for tensors of no elements.
   const bool no_keys = problem.kv_len == 0;
-  TensorMapSpec k = no_keys ? q : spec_of(problem, args.k, problem.kv_len, problem.num_kv_heads);
-  TensorMapSpec v = no_keys ? q : spec_of(problem, args.v, problem.kv_len, problem.num_kv_heads);
+  TensorMapSpec k =
+      no_keys ? q : tensor_map_spec(problem, args.k, problem.kv_len, problem.num_kv_heads);
+  TensorMapSpec v =
+      no_keys ? q : tensor_map_spec(problem, args.v, problem.kv_len, problem.num_kv_heads);
   k.box[1] = v.box[1] = tile.keys;
   const struct {
     const char* name;
@@ -119,9 +102,6 @@ Status check_arguments(const ForwardPlan& plan, const ForwardArgs& args, const v
     return Status::invalid_argument(
         "plan: made for the CPU; run it with the overload that takes a ParallelFor");
   }
-  if (args.pages.table != nullptr) {
-    return Status::unsupported("page_table: the CUDA forward reads contiguous k and v");
-  }
   const bool has_keys = plan.problem.kv_len > 0;
   const struct {
     const char* name;
@@ -132,7 +112,7 @@ Status check_arguments(const ForwardPlan& plan, const ForwardArgs& args, const v
              {"k", args.k.data, has_keys},
              {"v", args.v.data, has_keys},
              {"o", args.o.data, true},
-             {"workspace", workspace, true},
+             {"workspace", workspace, plan.workspace_bytes > 0},
              {"cu_seqlens_q", args.sequences.cu_seqlens_q, plan.problem.packed},
              {"cu_seqlens_k", args.sequences.cu_seqlens_k, plan.problem.packed}};
   for (const auto& [name, data, needed] : all) {
@@ -142,17 +122,6 @@ Status check_arguments(const ForwardPlan& plan, const ForwardArgs& args, const v
     }
   }
   return {};
-}
-
-// Rows of an output are written 16 bytes at a time.
-Status check_output(const char* name, const View& view) {
-  const bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
-                       view.batch_stride % 8 == 0 && view.len_stride % 8 == 0 &&
-                       view.head_stride % 8 == 0;
-  if (aligned) return {};
-  return Status::invalid_argument(std::string(name) +
-                                  ": its address must be a multiple of 16 bytes and its strides "
-                                  "multiples of 8 elements");
 }
 
 template <class T>
@@ -173,16 +142,9 @@ Status launch(int padded, const ForwardMaps& maps, const ForwardParams& params, 
 namespace cuda {
 
 Status plan_forward(const AttentionProblem& problem, const Device& device, ForwardPlan* plan) {
-  if (device.compute_capability != 90) {
-    return Status::unsupported(
-        "forward: compute capability " + std::to_string(device.compute_capability / 10) + "." +
-        std::to_string(device.compute_capability % 10) + " has no kernel, 9.0 (Hopper) has");
-  }
-  if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
-    return Status::unsupported("dtype: CUDA kernels take bf16 and fp16");
-  }
-  if (problem.scale < 0) return Status::unsupported("scale: CUDA kernels take scale >= 0");
-  const std::int64_t tickets = max_tickets(problem);
+  if (Status s = check_kernels("forward", problem, device); !s.ok()) return s;
+  const std::int64_t tickets =
+      takes_hopper_kernels(device) ? max_tickets(problem) : num_portable_forward_blocks(problem);
   // The copy engine's coordinates and the tickets are 32-bit; offsets in memory are not.
   if (tickets > kMaxInt - device.num_sms || problem.q_len > kMaxLen || problem.kv_len > kMaxLen ||
       problem.batch >= kMaxInt) {
@@ -193,6 +155,8 @@ Status plan_forward(const AttentionProblem& problem, const Device& device, Forwa
   plan->problem = problem;
   plan->device = device;
   plan->num_tasks = tickets;
+  plan->workspace_bytes = 0;
+  if (!takes_hopper_kernels(device)) return {};
   plan->workspace_bytes = kWorkspaceAlignment;
   if (problem.packed) plan->workspace_bytes += sizeof(int) * (2 * problem.batch + 1);
   return {};
@@ -204,8 +168,14 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, St
   const AttentionProblem& problem = plan.problem;
   if (problem.batch == 0 || problem.q_len == 0) return {};
   if (Status s = check_arguments(plan, args, workspace); !s.ok()) return s;
-  if (Status s = check_output("o", args.o); !s.ok()) return s;
-  if (Status s = check_output("v_bar", args.v_bar); !s.ok()) return s;
+  for (auto [name, view] : {std::pair{"o", &args.o}, std::pair{"v_bar", &args.v_bar}}) {
+    const Status s =
+        check_rows(name, read_only(*view), problem, problem.q_len, problem.num_q_heads);
+    if (!s.ok()) return s;
+  }
+  if (!takes_hopper_kernels(plan.device) || args.pages.table != nullptr) {
+    return run_portable_forward(plan, args, static_cast<cudaStream_t>(stream));
+  }
   const int padded = padded_head_dim(problem.head_dim);
   const ForwardTile tile = forward_tile(padded);
 
@@ -244,7 +214,7 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, St
     }
   } else {
     params.num_tickets = static_cast<int>(plan.num_tasks);
-    params.num_q_tiles = static_cast<int>(ceil_div64(problem.q_len, tile.queries()));
+    params.num_q_tiles = static_cast<int>(num_tiles(problem, problem.q_len, tile.queries()));
     params.num_pairs = static_cast<int>(problem.batch * problem.num_q_heads);
     params.section = section_pairs(params.section_keys, static_cast<int>(problem.kv_len),
                                    params.group, params.num_pairs);

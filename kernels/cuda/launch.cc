@@ -63,6 +63,51 @@ std::string tensor_map_obstacle(const TensorMapSpec& spec) {
   return "";
 }
 
+TensorMapSpec tensor_map_spec(const AttentionProblem& problem, const ConstView& view,
+                              std::int64_t len, std::int64_t heads) {
+  TensorMapSpec spec;
+  spec.dtype = problem.dtype;
+  spec.data = view.data;
+  spec.rank = 4;
+  const std::int64_t sizes[] = {problem.head_dim, len, heads, problem.packed ? 1 : problem.batch};
+  const std::int64_t strides[] = {1, view.len_stride, view.head_stride, view.batch_stride};
+  for (int i = 0; i < 4; ++i) {
+    spec.sizes[i] = sizes[i];
+    spec.strides[i] = sizes[i] == 1 ? 8 : strides[i];
+    spec.box[i] = 1;
+  }
+  spec.box[0] = 64;
+  return spec;
+}
+
+Status check_rows(const char* name, const ConstView& view, const AttentionProblem& problem,
+                  std::int64_t len, std::int64_t heads) {
+  const auto fits = [](std::int64_t size, std::int64_t stride) {
+    return size <= 1 || stride % 8 == 0;
+  };
+  const bool aligned = reinterpret_cast<std::uintptr_t>(view.data) % 16 == 0 &&
+                       fits(problem.packed ? 1 : problem.batch, view.batch_stride) &&
+                       fits(len, view.len_stride) && fits(heads, view.head_stride);
+  if (aligned) return {};
+  return Status::invalid_argument(std::string(name) +
+                                  ": its address must be a multiple of 16 bytes and its strides "
+                                  "multiples of 8 elements");
+}
+
+Status check_kernels(const char* pass, const AttentionProblem& problem, const Device& device) {
+  if (device.compute_capability < 80) {
+    return Status::unsupported(std::string(pass) + ": compute capability " +
+                               std::to_string(device.compute_capability / 10) + "." +
+                               std::to_string(device.compute_capability % 10) +
+                               " has no kernel, 8.0 and later have");
+  }
+  if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
+    return Status::unsupported("dtype: CUDA kernels take bf16 and fp16");
+  }
+  if (problem.scale < 0) return Status::unsupported("scale: CUDA kernels take scale >= 0");
+  return {};
+}
+
 Status encode_tensor_map(const TensorMapSpec& spec, const char* name, CUtensorMap* map) {
   if (const std::string obstacle = tensor_map_obstacle(spec); !obstacle.empty()) {
     return Status::invalid_argument(std::string(name) + ": " + obstacle);

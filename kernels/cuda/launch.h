@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: MIT
-// What every kernel launch needs on the host: errors as Status, the right device, tensor maps.
+// What every kernel launch needs on the host: errors as Status, the right device, views, tensor
+// maps.
 #pragma once
 
 #include <cuda.h>
@@ -9,6 +10,7 @@
 #include <cstdint>
 #include <string>
 
+#include "parallax/attention.h"
 #include "parallax/status.h"
 #include "parallax/types.h"
 
@@ -47,6 +49,27 @@ struct TensorMapSpec {
 // Why the copy engine cannot take this tensor ("" if it can): addresses and strides in multiples
 // of 16 bytes, strides below 2^40 bytes, sizes in [1, 2^32].
 std::string tensor_map_obstacle(const TensorMapSpec& spec);
+
+// A view {head_dim, len, heads, batch} as the copy engine sees it, in boxes of 64 columns of one
+// row. An axis of one element may have any stride in the caller's view.
+TensorMapSpec tensor_map_spec(const AttentionProblem& problem, const ConstView& view,
+                              std::int64_t len, std::int64_t heads);
+
+// Whether the rows of a view [batch, len, heads, head_dim] can be read and written 16 bytes at a
+// time. An axis of one element may have any stride.
+Status check_rows(const char* name, const ConstView& view, const AttentionProblem& problem,
+                  std::int64_t len, std::int64_t heads);
+inline ConstView read_only(const View& view) {
+  return {view.data, view.batch_stride, view.len_stride, view.head_stride};
+}
+
+// Whether a device takes the Hopper kernels, or the portable ones.
+inline bool takes_hopper_kernels(const Device& device) {
+  return device.compute_capability == 90 && !device.portable;
+}
+
+// What every kernel of a pass ("forward", "backward") asks of device and problem.
+Status check_kernels(const char* pass, const AttentionProblem& problem, const Device& device);
 
 // Encodes a 128-byte-swizzled map (box[0] covers at most 64 elements of 16 bits). Errors name the
 // tensor as `name`.

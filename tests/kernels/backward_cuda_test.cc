@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The Hopper backward against the definition, against the float64 CPU kernel where that takes too
-// long, and against what must be exactly so. The forward's results come from the CPU, so that a
-// failure here is the backward's own. Skips itself on a machine without a Hopper GPU.
+// The CUDA backward, by the Hopper and by the portable kernels, against the definition, against the
+// float64 CPU kernel where that takes too long, and against what must be exactly so. The forward's
+// results come from the CPU, so that a failure here is the backward's own. Skips itself on a
+// machine without a GPU for them.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,13 +18,6 @@ namespace {
 
 constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 constexpr double kLargestError = 1e-2;  // of a gradient, relative, Frobenius
-
-class BackwardCuda : public testing::Test {
- protected:
-  void SetUp() override {
-    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
-  }
-};
 
 Case case_of(const AttentionProblem& problem, Data data = Data::kZeroMean, Lengths lengths = {}) {
   return {"case", problem, std::move(lengths), random_inputs(problem, data, 12)};
@@ -66,7 +60,7 @@ DeviceTensor tensor_of(const Case& c, const Values& values) {
 class CudaBackward {
  public:
   // `forward`: exact o, v_bar, lse and t_bar, which are rounded as the forward stores them.
-  CudaBackward(const Case& c, const Results& forward)
+  CudaBackward(const Case& c, Kernels kernels, const Results& forward)
       : case_(c),
         q_(queries(c, c.inputs.q)),
         r_(queries(c, c.inputs.r)),
@@ -82,7 +76,7 @@ class CudaBackward {
         lengths_(c.lengths),
         lse_(forward.lse.size() * sizeof(float)),
         t_bar_(forward.t_bar.size() * sizeof(float)),
-        workspace_(planned_bytes(c, &plan_)) {
+        workspace_(planned_bytes(c, kernels, &plan_)) {
     const std::vector<float> lse(forward.lse.begin(), forward.lse.end());
     const std::vector<float> t_bar(forward.t_bar.begin(), forward.t_bar.end());
     lse_.upload(lse.data(), lse_.size());
@@ -127,8 +121,8 @@ class CudaBackward {
   }
 
  private:
-  static std::size_t planned_bytes(const Case& c, BackwardPlan* result) {
-    const Status status = plan(c.problem, cuda_device(), result);
+  static std::size_t planned_bytes(const Case& c, Kernels kernels, BackwardPlan* result) {
+    const Status status = plan(c.problem, cuda_device(kernels), result);
     EXPECT_TRUE(status.ok()) << c.name << ": " << status.message();
     return workspace_bytes(*result);
   }
@@ -141,14 +135,23 @@ class CudaBackward {
   Values o_values_;
 };
 
-Results cuda_backward(const Case& c, const Results& forward) {
-  CudaBackward call(c, forward);
-  const Status status = call.run(nullptr);
-  EXPECT_TRUE(status.ok()) << c.name << ": " << status.message();
-  return call.results();
-}
-
-Results cuda_backward(const Case& c) { return cuda_backward(c, exact_on_cpu(c)); }
+class BackwardCuda : public testing::TestWithParam<Kernels> {
+ protected:
+  void SetUp() override {
+    if (!has_gpu_for(GetParam())) GTEST_SKIP() << "needs another GPU";
+  }
+  static Results backward(const Case& c, const Results& forward) {
+    CudaBackward call(c, GetParam(), forward);
+    const Status status = call.run(nullptr);
+    EXPECT_TRUE(status.ok()) << c.name << ": " << status.message();
+    return call.results();
+  }
+  static Results backward(const Case& c) { return backward(c, exact_on_cpu(c)); }
+};
+INSTANTIATE_TEST_SUITE_P(, BackwardCuda, testing::Values(Kernels::kHopper, Kernels::kPortable),
+                         [](const auto& info) {
+                           return info.param == Kernels::kHopper ? "Hopper" : "Portable";
+                         });
 
 void expect_close(const Case& c, const Results& ours, const Results& exact) {
   for (const Gradient& gradient : kGradients) {
@@ -163,19 +166,7 @@ void expect_same_bits(const Results& a, const Results& b) {
   }
 }
 
-// f of every case, on all cores: the oracle takes far longer than the GPU.
-template <class Result, class F>
-std::vector<Result> on_all_cores(const std::vector<Case>& cases, const F& f) {
-  std::vector<Result> results(cases.size());
-  parallel_for(static_cast<int>(std::thread::hardware_concurrency()))(
-      static_cast<std::int64_t>(cases.size()), [&](std::int64_t n, int) {
-        const auto i = static_cast<std::size_t>(n);
-        results[i] = f(i);
-      });
-  return results;
-}
-
-TEST_F(BackwardCuda, HoldsTheErrorRule) {
+TEST_P(BackwardCuda, HoldsTheErrorRule) {
   std::vector<Case> cases;
   for (DType dtype : kDTypes) {
     for (std::int64_t head_dim : {8, 64, 96, 128}) {
@@ -185,15 +176,15 @@ TEST_F(BackwardCuda, HoldsTheErrorRule) {
     }
   }
   const auto expected = on_all_cores<std::unique_ptr<Expected>>(
-      cases, [&](std::size_t i) { return std::make_unique<Expected>(cases[i]); });
+      cases, [](const Case& c) { return std::make_unique<Expected>(c); });
   for (std::size_t i = 0; i < cases.size(); ++i) {
-    const Results ours = cuda_backward(cases[i], expected[i]->exact);
+    const Results ours = backward(cases[i], expected[i]->exact);
     EXPECT_EQ(error_rule(cases[i], ours, *expected[i]), "") << name_of(cases[i]);
     expect_close(cases[i], ours, expected[i]->exact);
   }
 }
 
-TEST_F(BackwardCuda, LongRowsStayWithinTheError) {
+TEST_P(BackwardCuda, LongRowsStayWithinTheError) {
   struct Shape {
     std::int64_t q_len, kv_len, group, window;
     bool causal;
@@ -216,17 +207,16 @@ TEST_F(BackwardCuda, LongRowsStayWithinTheError) {
       }
     }
   }
-  const auto exact = on_all_cores<Results>(cases, [&](std::size_t i) {
-    Case c = cases[i];
+  const auto exact = on_all_cores<Results>(cases, [](Case c) {
     c.problem.dtype = DType::kFloat64;
     return cpu_forward_backward(c);
   });
   for (std::size_t i = 0; i < cases.size(); ++i) {
-    expect_close(cases[i], cuda_backward(cases[i], exact[i]), exact[i]);
+    expect_close(cases[i], backward(cases[i], exact[i]), exact[i]);
   }
 }
 
-TEST_F(BackwardCuda, PackedSequencesOfAllLengths) {
+TEST_P(BackwardCuda, PackedSequencesOfAllLengths) {
   std::vector<std::int32_t> q_lens;
   std::vector<std::int32_t> kv_lens;
   for (int i = 0; i < 70; ++i) {
@@ -239,14 +229,14 @@ TEST_F(BackwardCuda, PackedSequencesOfAllLengths) {
     const Case c = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 3, 1, head_dim), q_lens,
                                kv_lens, Data::kShifted, 3);
     const Results exact = exact_on_cpu(c);
-    expect_close(c, cuda_backward(c, exact), exact);
+    expect_close(c, backward(c, exact), exact);
   }
 }
 
-TEST_F(BackwardCuda, PackedEqualsEachSequenceAlone) {
+TEST_P(BackwardCuda, PackedEqualsEachSequenceAlone) {
   const Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 2, 1, 128), {5, 170, 1},
                                   {9, 170, 130}, Data::kShifted, 3);
-  const Results together = cuda_backward(packed);
+  const Results together = backward(packed);
   const Lengths& lengths = packed.lengths;
   for (std::size_t b = 0; b < 3; ++b) {
     const auto cut = [&](const Values& values, const std::vector<std::int32_t>& offsets,
@@ -261,7 +251,7 @@ TEST_F(BackwardCuda, PackedEqualsEachSequenceAlone) {
     alone.inputs.k = cut(packed.inputs.k, lengths.cu_seqlens_k, 128);
     alone.inputs.v = cut(packed.inputs.v, lengths.cu_seqlens_k, 128);
     alone.inputs.d_o = cut(packed.inputs.d_o, lengths.cu_seqlens_q, 256);
-    const Results ours = cuda_backward(alone);
+    const Results ours = backward(alone);
     EXPECT_EQ(ours.dq, cut(together.dq, lengths.cu_seqlens_q, 256));
     EXPECT_EQ(ours.dr, cut(together.dr, lengths.cu_seqlens_q, 256));
     EXPECT_EQ(ours.dk, cut(together.dk, lengths.cu_seqlens_k, 128));
@@ -269,13 +259,13 @@ TEST_F(BackwardCuda, PackedEqualsEachSequenceAlone) {
   }
 }
 
-TEST_F(BackwardCuda, ARowThatSeesOneKeyHasNoQueryGradients) {
+TEST_P(BackwardCuda, ARowThatSeesOneKeyHasNoQueryGradients) {
   for (DType dtype : kDTypes) {
     for (std::int64_t head_dim : {64, 128}) {
       AttentionProblem problem = problem_of(dtype, 1, 300, 300, 1, 1, head_dim);
       problem.window = 1;
       const Case c = case_of(problem, Data::kShifted);
-      const Results ours = cuda_backward(c);
+      const Results ours = backward(c);
       const Values zeros(c.inputs.q.size(), 0.0);
       EXPECT_EQ(ours.dq, zeros) << name_of(c);
       EXPECT_EQ(ours.dr, zeros) << name_of(c);
@@ -285,12 +275,12 @@ TEST_F(BackwardCuda, ARowThatSeesOneKeyHasNoQueryGradients) {
   }
 }
 
-TEST_F(BackwardCuda, WhatSeesNothingAndWhatIsNotSeenGetsZeros) {
+TEST_P(BackwardCuda, WhatSeesNothingAndWhatIsNotSeenGetsZeros) {
   Lengths lengths;
   lengths.kv_lens = {3, 0};
   lengths.kv_start = {1, 0};
   const Case c = case_of(problem_of(DType::kBFloat16, 2, 5, 8, 1, 1, 64), Data::kShifted, lengths);
-  const Results ours = cuda_backward(c);
+  const Results ours = backward(c);
   const auto is_zero = [](const Values& values, std::size_t row) {
     return std::all_of(values.begin() + static_cast<std::ptrdiff_t>(64 * row),
                        values.begin() + static_cast<std::ptrdiff_t>(64 * row + 64),
@@ -306,29 +296,29 @@ TEST_F(BackwardCuda, WhatSeesNothingAndWhatIsNotSeenGetsZeros) {
   }
 }
 
-TEST_F(BackwardCuda, NothingToDoIsNoError) {
+TEST_P(BackwardCuda, NothingToDoIsNoError) {
   for (auto [batch, q_len, kv_len] : {std::tuple{0, 4, 4}, {2, 0, 4}, {2, 4, 0}, {0, 0, 0}}) {
     const Case c = case_of(problem_of(DType::kBFloat16, batch, q_len, kv_len, 2, 1, 64));
-    const Results ours = cuda_backward(c);
+    const Results ours = backward(c);
     EXPECT_EQ(ours.dq, Values(c.inputs.q.size(), 0.0));
     EXPECT_EQ(ours.dk, Values(c.inputs.k.size(), 0.0));
   }
 }
 
 // A scale of zero weighs all keys alike; the keys still move t.
-TEST_F(BackwardCuda, TakesAScaleOfZero) {
+TEST_P(BackwardCuda, TakesAScaleOfZero) {
   AttentionProblem problem = problem_of(DType::kBFloat16, 1, 100, 100, 2, 1, 64);
   problem.scale = 0;
   const Case c = case_of(problem);
   const Results exact = exact_on_cpu(c);
-  expect_close(c, cuda_backward(c, exact), exact);
+  expect_close(c, backward(c, exact), exact);
 }
 
 // More blocks than the GPU takes at once.
-TEST_F(BackwardCuda, AHundredRunsGiveTheSameBits) {
+TEST_P(BackwardCuda, AHundredRunsGiveTheSameBits) {
   for (std::int64_t head_dim : {64, 128}) {
     const Case c = case_of(problem_of(DType::kBFloat16, 2, 777, 777, 16, 4, head_dim));
-    CudaBackward call(c, exact_on_cpu(c));
+    CudaBackward call(c, GetParam(), exact_on_cpu(c));
     ASSERT_TRUE(call.run(nullptr).ok());
     const Results first = call.results();
     for (int i = 0; i < 100; ++i) {
@@ -339,14 +329,14 @@ TEST_F(BackwardCuda, AHundredRunsGiveTheSameBits) {
   }
 }
 
-TEST_F(BackwardCuda, RunsOnAnyStreamAndInGraphs) {
+TEST_P(BackwardCuda, RunsOnAnyStreamAndInGraphs) {
   const Case batched = case_of(problem_of(DType::kBFloat16, 2, 300, 300, 4, 2, 128));
   const Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 3, 1, 128), {70, 0, 300},
                                   {70, 5, 300}, Data::kShifted, 3);
   for (const Case& c : {batched, packed}) {
     const Results forward = exact_on_cpu(c);
-    const Results expected = cuda_backward(c, forward);
-    CudaBackward call(c, forward);
+    const Results expected = backward(c, forward);
+    CudaBackward call(c, GetParam(), forward);
     cudaStream_t stream = nullptr;
     ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
     ASSERT_TRUE(call.run(stream).ok());
@@ -369,7 +359,7 @@ TEST_F(BackwardCuda, RunsOnAnyStreamAndInGraphs) {
 
 // Tensors of 2.4e9 elements: constant values and d_o, keys and queries of 0, a window of 64. Then
 // every weight is 1/64, dq and dr are 0, and a key's dv is d_o once for each of its heads.
-TEST_F(BackwardCuda, TensorsBeyond2To31Elements) {
+TEST_P(BackwardCuda, TensorsBeyond2To31Elements) {
   constexpr std::int64_t kLen = 262144, kHeads = 72, kHeadDim = 128, kWindow = 64;
   constexpr std::size_t kBytes = 2 * std::size_t{kLen} * kHeads * kHeadDim;
   std::size_t free_bytes = 0;
@@ -379,7 +369,7 @@ TEST_F(BackwardCuda, TensorsBeyond2To31Elements) {
   AttentionProblem problem = problem_of(DType::kBFloat16, 1, kLen, kLen, kHeads, 1, kHeadDim);
   problem.window = kWindow;
   BackwardPlan call;
-  ASSERT_TRUE(plan(problem, cuda_device(), &call).ok());
+  ASSERT_TRUE(plan(problem, cuda_device(GetParam()), &call).ok());
   DeviceMemory zeros(kBytes), constants(kBytes), dq(kBytes), dr(kBytes);
   DeviceMemory dk(2 * kLen * kHeadDim), dv(2 * kLen * kHeadDim), workspace(workspace_bytes(call));
   DeviceMemory lse(sizeof(float) * kLen * kHeads), t_bar(sizeof(float) * kLen * kHeads);
@@ -432,9 +422,9 @@ TEST_F(BackwardCuda, TensorsBeyond2To31Elements) {
   }
 }
 
-TEST_F(BackwardCuda, RefusesWhatItCannotTake) {
+TEST_P(BackwardCuda, RefusesWhatItCannotTake) {
   BackwardPlan call;
-  const Device device = cuda_device();
+  const Device device = cuda_device(GetParam());
   const auto refused = [&](auto change) {
     AttentionProblem problem = problem_of(DType::kBFloat16, 1, 64, 64, 1, 1, 64);
     change(&problem);
@@ -445,21 +435,21 @@ TEST_F(BackwardCuda, RefusesWhatItCannotTake) {
   EXPECT_EQ(
       refused([](AttentionProblem* problem) { problem->head_dim = 136; }).rfind("head_dim", 0), 0u);
   EXPECT_EQ(refused([](AttentionProblem* problem) { problem->scale = -1; }).rfind("scale", 0), 0u);
-  ASSERT_TRUE(plan(problem_of(DType::kBFloat16, 1, 64, 64, 1, 1, 64), device, &call).ok());
+  ASSERT_TRUE(plan(problem_of(DType::kBFloat16, 1, 64, 64, 2, 2, 64), device, &call).ok());
   DeviceMemory memory(1 << 20);
   const auto refusal = [&](auto change) {
     BackwardArgs args;
     args.q = args.r = args.k = args.v = args.o = args.v_bar =
-        args.d_o = {memory.data(), 4096, 64, 64};
-    args.dq = args.dr = args.dk = args.dv = {memory.data(), 4096, 64, 64};
+        args.d_o = {memory.data(), 8192, 128, 64};
+    args.dq = args.dr = args.dk = args.dv = {memory.data(), 8192, 128, 64};
     args.lse = args.t_bar = memory.data();
     change(&args);
     const Status status = run(call, args, memory.data(), nullptr);
     EXPECT_EQ(status.code(), StatusCode::kInvalidArgument);
     return status.message();
   };
-  EXPECT_EQ(refusal([](BackwardArgs* args) { args->k.len_stride = 65; }).rfind("k: ", 0), 0u);
-  EXPECT_EQ(refusal([](BackwardArgs* args) { args->v_bar.len_stride = 68; }).rfind("v_bar: ", 0),
+  EXPECT_EQ(refusal([](BackwardArgs* args) { args->k.len_stride = 129; }).rfind("k: ", 0), 0u);
+  EXPECT_EQ(refusal([](BackwardArgs* args) { args->v_bar.len_stride = 132; }).rfind("v_bar: ", 0),
             0u);
   EXPECT_EQ(refusal([](BackwardArgs* args) { args->dv.head_stride = 4; }).rfind("dv: ", 0), 0u);
 }

@@ -30,7 +30,7 @@ struct Case {
   AttentionProblem problem;
   Lengths lengths;
   Inputs inputs;
-  std::vector<float> k_scale, v_scale;  // of an FP8 cache; else empty
+  std::vector<float> k_scale = {}, v_scale = {};  // of an FP8 cache; else empty
 };
 
 enum class Data {

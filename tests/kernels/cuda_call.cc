@@ -25,24 +25,27 @@ Values floats(const DeviceMemory& memory, std::size_t count) {
   return Values(values.begin(), values.end());
 }
 
-ForwardPlan plan_of(const Case& c) {
+ForwardPlan plan_of(const Case& c, const CudaHow& how) {
   ForwardPlan result;
-  const Status status = plan(c.problem, cuda_device(), &result);
+  const Status status = plan(c.problem, cuda_device(how.kernels), &result);
   EXPECT_TRUE(status.ok()) << c.name << ": " << status.message();
   return result;
 }
 
 }  // namespace
 
-bool has_hopper() {
+bool has_gpu_for(Kernels kernels) {
   Device device;
-  return query_device(0, &device).ok() && device.compute_capability == 90;
+  if (!query_device(0, &device).ok()) return false;
+  return kernels == Kernels::kHopper ? device.compute_capability == 90
+                                     : device.compute_capability >= 80;
 }
 
-Device cuda_device() {
+Device cuda_device(Kernels kernels) {
   Device device;
   const Status status = query_device(0, &device);
   EXPECT_TRUE(status.ok()) << status.message();
+  device.portable = kernels == Kernels::kPortable;
   return device;
 }
 
@@ -132,17 +135,21 @@ Sequences DeviceLengths::view() const {
 CudaForward::CudaForward(const Case& c, const CudaHow& how)
     : case_(c),
       how_(how),
-      plan_(plan_of(c)),
+      plan_(plan_of(c, how)),
+      paged_(how.page_size > 0 ? std::optional(PagedCache(c.problem, how.page_size, 5))
+                               : std::nullopt),
       q_(queries(c, c.inputs.q)),
       r_(queries(c, c.inputs.r)),
-      k_(keys(c, c.inputs.k)),
-      v_(keys(c, c.inputs.v)),
+      k_(paged_ ? paged_->scatter(keys(c, c.inputs.k)) : keys(c, c.inputs.k)),
+      v_(paged_ ? paged_->scatter(keys(c, c.inputs.v)) : keys(c, c.inputs.v)),
       o_(Tensor(c.problem, false)),
       v_bar_(Tensor(c.problem, false)),
       lengths_(c.lengths),
       lse_(rows_of(c.problem) * sizeof(float)),
       t_bar_(rows_of(c.problem) * sizeof(float)),
-      workspace_(workspace_bytes(plan_)) {
+      workspace_(workspace_bytes(plan_)),
+      page_table_(paged_ ? 4 * paged_->entries.size() : 0) {
+  if (paged_) page_table_.upload(paged_->entries.data(), page_table_.size());
   if ((r_.memory.data() < q_.memory.data()) != how.r_below_q) q_.exchange_memory(&r_);
 }
 
@@ -153,6 +160,10 @@ Status CudaForward::run(cudaStream_t stream) {
   args.k = k_.view();
   args.v = v_.view();
   args.sequences = lengths_.view();
+  if (paged_) {
+    args.pages = paged_->table();
+    args.pages.table = static_cast<const std::int32_t*>(page_table_.data());
+  }
   args.o = o_.output();
   if (how_.with_statistics) {
     args.v_bar = v_bar_.output();

@@ -6,14 +6,34 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <optional>
+#include <thread>
+#include <vector>
 
 #include "tests/kernels/oracle.h"
 
 namespace parallax::tests {
 
-// Whether there is a GPU that the Hopper kernels run on; tests skip themselves where not.
-bool has_hopper();
-Device cuda_device();
+// The two sets of CUDA kernels; a Hopper GPU runs both.
+enum class Kernels { kHopper, kPortable };
+
+// Whether there is a GPU that they run on; tests skip themselves where not.
+bool has_gpu_for(Kernels kernels);
+inline bool has_hopper() { return has_gpu_for(Kernels::kHopper); }
+// CUDA device 0, asking for them.
+Device cuda_device(Kernels kernels = Kernels::kHopper);
+
+// f of every case, on all cores: the oracle takes far longer than the GPU.
+template <class Result, class F>
+std::vector<Result> on_all_cores(const std::vector<Case>& cases, const F& f) {
+  std::vector<Result> results(cases.size());
+  parallel_for(static_cast<int>(std::thread::hardware_concurrency()))(
+      static_cast<std::int64_t>(cases.size()), [&](std::int64_t n, int) {
+        const auto i = static_cast<std::size_t>(n);
+        results[i] = f(cases[i]);
+      });
+  return results;
+}
 
 // Device memory, all bytes 0xff.
 class DeviceMemory {
@@ -57,14 +77,16 @@ struct DeviceLengths {
 };
 
 struct CudaHow {
+  Kernels kernels = Kernels::kHopper;
   bool with_statistics = true;  // v_bar, lse, t_bar
   bool r_below_q = false;       // in memory
+  int page_size = 0;            // of k and v; 0: contiguous
 };
 
 // A forward call with everything it needs, ready to be enqueued any number of times.
 class CudaForward {
  public:
-  explicit CudaForward(const Case& c, const CudaHow& how = {});
+  CudaForward(const Case& c, const CudaHow& how);
 
   Status run(cudaStream_t stream);
   void poison_outputs();
@@ -74,12 +96,13 @@ class CudaForward {
   Case case_;
   CudaHow how_;
   ForwardPlan plan_;
+  std::optional<PagedCache> paged_;
   DeviceTensor q_, r_, k_, v_, o_, v_bar_;
   DeviceLengths lengths_;
-  DeviceMemory lse_, t_bar_, workspace_;
+  DeviceMemory lse_, t_bar_, workspace_, page_table_;
 };
 
 // One call on the default stream.
-Results cuda_forward(const Case& c, const CudaHow& how = {});
+Results cuda_forward(const Case& c, const CudaHow& how);
 
 }  // namespace parallax::tests

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
-// The Hopper forward against the definition, against the float64 CPU kernel where that takes too
-// long, and against what must be exactly so. Skips itself on a machine without a Hopper GPU.
+// The CUDA forward, by the Hopper and by the portable kernels, against the definition, against the
+// float64 CPU kernel where that takes too long, and against what must be exactly so. Skips itself
+// on a machine without a GPU for them.
 #include <gtest/gtest.h>
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <thread>
 
 #include "tests/kernels/cpu_call.h"
@@ -17,12 +19,22 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 constexpr double kLargestError = 4e-3;  // of o, relative, Frobenius
 
-class ForwardCuda : public testing::Test {
+class ForwardCuda : public testing::TestWithParam<Kernels> {
  protected:
   void SetUp() override {
-    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
+    if (!has_gpu_for(GetParam())) GTEST_SKIP() << "needs another GPU";
   }
+  static CudaHow how() {
+    CudaHow how;
+    how.kernels = GetParam();
+    return how;
+  }
+  static Results forward(const Case& c) { return cuda_forward(c, how()); }
 };
+INSTANTIATE_TEST_SUITE_P(, ForwardCuda, testing::Values(Kernels::kHopper, Kernels::kPortable),
+                         [](const auto& info) {
+                           return info.param == Kernels::kHopper ? "Hopper" : "Portable";
+                         });
 
 Case case_of(const AttentionProblem& problem, Data data = Data::kZeroMean, Lengths lengths = {}) {
   Case c{"case", problem, std::move(lengths), random_inputs(problem, data, 11)};
@@ -54,23 +66,31 @@ void expect_close(const Case& c, const Results& ours, const Results& exact) {
   EXPECT_LE(distance(ours.t_bar, exact.t_bar), 1e-4 * std::max(1.0, largest(exact.t_bar))) << name;
 }
 
-TEST_F(ForwardCuda, HoldsTheErrorRule) {
+TEST_P(ForwardCuda, HoldsTheErrorRule) {
+  std::vector<Case> cases;
   for (DType dtype : kDTypes) {
     for (std::int64_t head_dim : {8, 40, 64, 96, 128, 200, 256}) {
       for (Data data : {Data::kZeroMean, Data::kShifted}) {
         for (Case& c : all_cases(dtype, head_dim, data, 203)) {
           c.inputs.d_o.clear();
-          const Results ours = cuda_forward(c);
-          EXPECT_EQ(error_rule(c, ours), "") << name_of(dtype) << ", head_dim " << head_dim;
-          EXPECT_LE(relative_error(ours.o, oracle(c).o), kLargestError)
-              << c.name << ", " << name_of(dtype) << ", head_dim " << head_dim;
+          cases.push_back(std::move(c));
         }
       }
     }
   }
+  const auto expected = on_all_cores<std::unique_ptr<Expected>>(
+      cases, [](const Case& c) { return std::make_unique<Expected>(c); });
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    const Case& c = cases[i];
+    const Results ours = forward(c);
+    EXPECT_EQ(error_rule(c, ours, *expected[i]), "")
+        << name_of(c.problem.dtype) << ", head_dim " << c.problem.head_dim;
+    EXPECT_LE(relative_error(ours.o, expected[i]->exact.o), kLargestError)
+        << c.name << ", " << name_of(c.problem.dtype) << ", head_dim " << c.problem.head_dim;
+  }
 }
 
-TEST_F(ForwardCuda, LongRowsStayWithinTheError) {
+TEST_P(ForwardCuda, LongRowsStayWithinTheError) {
   struct Shape {
     std::int64_t q_len, kv_len, group, window;
     bool causal;
@@ -79,6 +99,7 @@ TEST_F(ForwardCuda, LongRowsStayWithinTheError) {
                           {1023, 1024, 1, 0, false},  {4097, 4097, 1, 0, true},
                           {2000, 2000, 4, 200, true}, {700, 1900, 8, 1024, true},
                           {64, 4097, 8, 0, true},     {4097, 640, 1, 0, false}};
+  std::vector<Case> cases;
   for (std::int64_t head_dim : {64, 128, 256}) {
     for (Data data : {Data::kZeroMean, Data::kShifted}) {
       for (const Shape& shape : shapes) {
@@ -89,13 +110,20 @@ TEST_F(ForwardCuda, LongRowsStayWithinTheError) {
         Case c = case_of(problem, data);
         c.name = std::to_string(shape.q_len) + "x" + std::to_string(shape.kv_len) + ", window " +
                  std::to_string(shape.window);
-        expect_close(c, cuda_forward(c), exact_on_cpu(c));
+        cases.push_back(std::move(c));
       }
     }
   }
+  const auto exact = on_all_cores<Results>(cases, [](Case c) {
+    c.problem.dtype = DType::kFloat64;
+    return cpu_forward(c);
+  });
+  for (std::size_t i = 0; i < cases.size(); ++i) {
+    expect_close(cases[i], forward(cases[i]), exact[i]);
+  }
 }
 
-TEST_F(ForwardCuda, PackedSequencesOfAllLengths) {
+TEST_P(ForwardCuda, PackedSequencesOfAllLengths) {
   std::vector<std::int32_t> q_lens;
   std::vector<std::int32_t> kv_lens;
   for (int i = 0; i < 40; ++i) {
@@ -111,34 +139,53 @@ TEST_F(ForwardCuda, PackedSequencesOfAllLengths) {
       packed.inputs.d_o.clear();
       return packed;
     }();
-    expect_close(c, cuda_forward(c), exact_on_cpu(c));
+    expect_close(c, forward(c), exact_on_cpu(c));
   }
 }
 
-TEST_F(ForwardCuda, ManySequencesAreSortedInRuns) {
+TEST_P(ForwardCuda, ManySequencesAreSortedInRuns) {
   const std::vector<std::int32_t> q_lens(2500, 3);
   std::vector<std::int32_t> kv_lens;
   for (int i = 0; i < 2500; ++i) kv_lens.push_back(i % 17);
   Case c = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 2, 1, 64), q_lens, kv_lens,
                        Data::kZeroMean, 3);
   c.inputs.d_o.clear();
-  expect_close(c, cuda_forward(c), exact_on_cpu(c));
+  expect_close(c, forward(c), exact_on_cpu(c));
 }
 
 // The interleaved map, the same with q and r exchanged, and boxes of eight rows load the same tile.
-TEST_F(ForwardCuda, WhereQAndRLieDoesNotChangeABit) {
+TEST_P(ForwardCuda, WhereQAndRLieDoesNotChangeABit) {
+  CudaHow r_below_q = how();
+  r_below_q.r_below_q = true;
   for (std::int64_t head_dim : {64, 128, 256}) {
     const Case c = case_of(problem_of(DType::kBFloat16, 2, 200, 200, 2, 1, head_dim));
-    const Results above = cuda_forward(c), below = cuda_forward(c, {true, true});
+    const Results above = forward(c), below = cuda_forward(c, r_below_q);
     EXPECT_EQ(above.o, below.o) << head_dim;
     EXPECT_EQ(above.t_bar, below.t_bar) << head_dim;
   }
 }
 
-TEST_F(ForwardCuda, PackedEqualsEachSequenceAlone) {
+// On every GPU the portable kernels serve paged calls, and where a row lies changes no bit.
+TEST_P(ForwardCuda, PagesChangeNoBit) {
+  for (std::int64_t head_dim : {40, 128, 256}) {
+    for (const Case& c : all_cases(DType::kBFloat16, head_dim, Data::kShifted, 203)) {
+      if (c.problem.packed) continue;
+      CudaHow contiguous;
+      contiguous.kernels = Kernels::kPortable;
+      const Results expected = cuda_forward(c, contiguous);
+      CudaHow paged = how();
+      for (int page_size : {1, 16, 256}) {
+        paged.page_size = page_size;
+        EXPECT_EQ(cuda_forward(c, paged).o, expected.o) << c.name << ", pages of " << page_size;
+      }
+    }
+  }
+}
+
+TEST_P(ForwardCuda, PackedEqualsEachSequenceAlone) {
   const Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 2, 1, 128), {5, 170, 1},
                                   {9, 170, 130}, Data::kShifted, 3);
-  const Results together = cuda_forward(packed);
+  const Results together = forward(packed);
   for (std::size_t b = 0; b < 3; ++b) {
     const auto cut = [&](const Values& values, const std::vector<std::int32_t>& offsets,
                          std::int64_t row) {
@@ -152,38 +199,38 @@ TEST_F(ForwardCuda, PackedEqualsEachSequenceAlone) {
     alone.inputs.r = cut(packed.inputs.r, lengths.cu_seqlens_q, 256);
     alone.inputs.k = cut(packed.inputs.k, lengths.cu_seqlens_k, 128);
     alone.inputs.v = cut(packed.inputs.v, lengths.cu_seqlens_k, 128);
-    EXPECT_EQ(cuda_forward(alone).o, cut(together.o, lengths.cu_seqlens_q, 256));
+    EXPECT_EQ(forward(alone).o, cut(together.o, lengths.cu_seqlens_q, 256));
   }
 }
 
-TEST_F(ForwardCuda, ZeroProbeIsSoftmaxAttention) {
+TEST_P(ForwardCuda, ZeroProbeIsSoftmaxAttention) {
   for (std::int64_t head_dim : {64, 128, 256}) {
     Case c = case_of(problem_of(DType::kBFloat16, 2, 200, 300, 4, 2, head_dim));
     std::fill(c.inputs.r.begin(), c.inputs.r.end(), 0.0);
-    const Results ours = cuda_forward(c);
+    const Results ours = forward(c);
     EXPECT_EQ(ours.o, ours.v_bar) << head_dim;
     EXPECT_EQ(ours.t_bar, Values(ours.t_bar.size(), 0.0)) << head_dim;
   }
 }
 
-TEST_F(ForwardCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
+TEST_P(ForwardCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
   for (DType dtype : kDTypes) {
     for (std::int64_t head_dim : {64, 128, 256}) {
       AttentionProblem problem = problem_of(dtype, 1, 300, 300, 1, 1, head_dim);
       problem.window = 1;
       const Case c = case_of(problem, Data::kShifted);
-      const Results ours = cuda_forward(c);
+      const Results ours = forward(c);
       EXPECT_EQ(ours.o, c.inputs.v) << name_of(dtype) << head_dim;
       EXPECT_EQ(ours.v_bar, c.inputs.v) << name_of(dtype) << head_dim;
     }
   }
 }
 
-TEST_F(ForwardCuda, ARowThatSeesNoKeyGivesZeros) {
+TEST_P(ForwardCuda, ARowThatSeesNoKeyGivesZeros) {
   Lengths lengths;
   lengths.kv_lens = {3, 0};
   const Case c = case_of(problem_of(DType::kBFloat16, 2, 5, 8, 1, 1, 64), Data::kShifted, lengths);
-  const Results ours = cuda_forward(c);
+  const Results ours = forward(c);
   for (std::size_t row = 0; row < 10; ++row) {
     const bool sees_none = row < 2 || row >= 5;
     EXPECT_EQ(ours.lse[row] == -kInfinity, sees_none);
@@ -193,22 +240,24 @@ TEST_F(ForwardCuda, ARowThatSeesNoKeyGivesZeros) {
   }
 }
 
-TEST_F(ForwardCuda, NothingToDoIsNoError) {
+TEST_P(ForwardCuda, NothingToDoIsNoError) {
   for (auto [batch, q_len, kv_len] : {std::tuple{0, 4, 4}, {2, 0, 4}, {2, 4, 0}, {0, 0, 0}}) {
     const Case c = case_of(problem_of(DType::kBFloat16, batch, q_len, kv_len, 2, 1, 64));
-    EXPECT_EQ(cuda_forward(c).o, Values(c.inputs.q.size(), 0.0));
+    EXPECT_EQ(forward(c).o, Values(c.inputs.q.size(), 0.0));
   }
 }
 
-TEST_F(ForwardCuda, OutputsThatNobodyAskedForChangeNothing) {
+TEST_P(ForwardCuda, OutputsThatNobodyAskedForChangeNothing) {
   const Case c = case_of(problem_of(DType::kBFloat16, 1, 100, 100, 2, 1, 128));
-  EXPECT_EQ(cuda_forward(c).o, cuda_forward(c, {false, false}).o);
+  CudaHow bare = how();
+  bare.with_statistics = false;
+  EXPECT_EQ(forward(c).o, cuda_forward(c, bare).o);
 }
 
 // More tiles than the GPU takes at once, drawn by whichever CTA is free.
-TEST_F(ForwardCuda, AHundredRunsGiveTheSameBits) {
+TEST_P(ForwardCuda, AHundredRunsGiveTheSameBits) {
   for (std::int64_t head_dim : {64, 128, 256}) {
-    CudaForward call(case_of(problem_of(DType::kBFloat16, 4, 777, 777, 16, 4, head_dim)));
+    CudaForward call(case_of(problem_of(DType::kBFloat16, 4, 777, 777, 16, 4, head_dim)), how());
     ASSERT_TRUE(call.run(nullptr).ok());
     const Results first = call.results();
     for (int i = 0; i < 100; ++i) {
@@ -222,13 +271,13 @@ TEST_F(ForwardCuda, AHundredRunsGiveTheSameBits) {
   }
 }
 
-TEST_F(ForwardCuda, RunsOnAnyStreamAndInGraphs) {
+TEST_P(ForwardCuda, RunsOnAnyStreamAndInGraphs) {
   const Case batched = case_of(problem_of(DType::kBFloat16, 2, 300, 300, 4, 2, 128));
   Case packed = packed_case(problem_of(DType::kBFloat16, 0, 0, 0, 3, 1, 128), {70, 0, 300},
                             {70, 5, 300}, Data::kShifted, 3);
   for (const Case& c : {batched, packed}) {
-    const Results expected = cuda_forward(c);
-    CudaForward call(c);
+    const Results expected = forward(c);
+    CudaForward call(c, how());
     cudaStream_t stream = nullptr;
     ASSERT_EQ(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
     ASSERT_TRUE(call.run(stream).ok());
@@ -250,7 +299,7 @@ TEST_F(ForwardCuda, RunsOnAnyStreamAndInGraphs) {
 }
 
 // q, r and o of 2.4e9 elements each: values are all 1, so must be every row of o.
-TEST_F(ForwardCuda, TensorsBeyond2To31Elements) {
+TEST_P(ForwardCuda, TensorsBeyond2To31Elements) {
   constexpr std::int64_t kLen = 262144, kHeads = 72, kHeadDim = 128;
   constexpr std::size_t kElements = std::size_t{kLen} * kHeads * kHeadDim;
   std::size_t free_bytes = 0;
@@ -265,7 +314,7 @@ TEST_F(ForwardCuda, TensorsBeyond2To31Elements) {
   ASSERT_EQ(cudaMemset(k.data(), 0, k.size()), cudaSuccess);
   ASSERT_EQ(cudaMemset(v.data(), 0x3f, v.size()), cudaSuccess);  // 0.747
   ForwardPlan call;
-  ASSERT_TRUE(plan(problem, cuda_device(), &call).ok());
+  ASSERT_TRUE(plan(problem, cuda_device(GetParam()), &call).ok());
   DeviceMemory workspace(workspace_bytes(call));
   const std::int64_t q_row = kHeads * kHeadDim;
   ForwardArgs args;
@@ -285,10 +334,10 @@ TEST_F(ForwardCuda, TensorsBeyond2To31Elements) {
   }
 }
 
-TEST_F(ForwardCuda, RefusesWhatTheCopyEngineCannotTake) {
+TEST_P(ForwardCuda, RefusesRowsThatAreNotAligned) {
   AttentionProblem problem = problem_of(DType::kBFloat16, 1, 64, 64, 1, 1, 64);
   ForwardPlan call;
-  ASSERT_TRUE(plan(problem, cuda_device(), &call).ok());
+  ASSERT_TRUE(plan(problem, cuda_device(GetParam()), &call).ok());
   DeviceMemory memory(1 << 20);
   const View good{memory.data(), 4096, 64, 64};
   const auto refusal = [&](auto change) {

@@ -52,6 +52,40 @@ TEST_F(ForwardPlanCuda, CountsQueryTilesAndWorkspace) {
   EXPECT_EQ(workspace_bytes(planned(packed)), 256u + 4 * 21);
 }
 
+TEST_F(ForwardPlanCuda, OtherGpusTakeThePortableKernel) {
+  Device ampere = kHopper;
+  ampere.compute_capability = 80;
+  Device asked = kHopper;
+  asked.portable = true;
+  for (const Device& device : {ampere, asked}) {
+    ForwardPlan portable;
+    ASSERT_TRUE(plan(problem_, device, &portable).ok());
+    EXPECT_EQ(portable.num_tasks, 2 * 2);  // 64 queries a tile
+    EXPECT_EQ(workspace_bytes(portable), 0u);
+    AttentionProblem wide = problem_;
+    wide.q_len = 65;
+    ASSERT_TRUE(plan(wide, device, &portable).ok());
+    EXPECT_EQ(portable.num_tasks, 2 * 2 * 2);
+  }
+}
+
+TEST_F(ForwardPlanCuda, ThePortableKernelNamesWhatItCannotTake) {
+  Device asked = kHopper;
+  asked.portable = true;
+  ASSERT_TRUE(plan(problem_, asked, &plan_).ok());
+  ForwardArgs args = good_args();
+  args.k.len_stride = 129;
+  expect_refusal(args, "k: its address must be a multiple of 16 bytes and its strides");
+  args = good_args();
+  args.r.data = memory_ + 8;
+  expect_refusal(args, "r: its address must be a multiple of 16 bytes and its strides");
+  args = good_args();
+  args.pages = {reinterpret_cast<const std::int32_t*>(memory_), 4, 8, 24};
+  expect_refusal(args, "page_size: expected a power of two from 1 to 256, got 24");
+  args.pages.page_size = 8;
+  expect_refusal(args, "kv_len: expected at most max_pages * page_size = 32, got 64");
+}
+
 TEST_F(ForwardPlanCuda, RefusesWhatItHasNoKernelFor) {
   const auto refusal = [&](const AttentionProblem& problem, const Device& device) {
     ForwardPlan untouched;
@@ -61,10 +95,10 @@ TEST_F(ForwardPlanCuda, RefusesWhatItHasNoKernelFor) {
     EXPECT_EQ(untouched.num_tasks, -1);
     return status.message();
   };
-  Device ampere = kHopper;
-  ampere.compute_capability = 80;
-  EXPECT_EQ(refusal(problem_, ampere),
-            "forward: compute capability 8.0 has no kernel, 9.0 (Hopper) has");
+  Device turing = kHopper;
+  turing.compute_capability = 75;
+  EXPECT_EQ(refusal(problem_, turing),
+            "forward: compute capability 7.5 has no kernel, 8.0 and later have");
   AttentionProblem long_keys = problem_;
   long_keys.kv_len = std::int64_t{1} << 30;
   EXPECT_EQ(refusal(long_keys, kHopper).substr(0, 31), "forward: q_len and kv_len must ");

@@ -1,0 +1,221 @@
+// SPDX-License-Identifier: MIT
+// Packed virtual rows in registers: what a thread does with the logits, probes and sums of a query
+// whose q is row g and whose r is row g + 8 of a 16-row slab (docs/kernels.md). Of a key tile the
+// thread holds, for every 8 keys, two logits s[4 i], s[4 i + 1] and the two probes of the same
+// keys, s[4 i + 2], s[4 i + 3]; o holds o1 and o2 in the same way. Four neighbouring lanes share a
+// query.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/element.h"
+#include "cuda/ptx.cuh"
+#include "cuda/schedule.h"
+#include "parallax/state.h"
+
+namespace parallax {
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// A query's state. m is in units of log2, relative to scaled logits; d1 and d2 are this thread's
+// parts of the sums; c is the row's centre of t.
+template <class T, int kKeys>
+struct PackedRow {
+  // How far (in powers of two) a row may outgrow its m before o is rescaled. p then reaches 2^8;
+  // in fp16 2^3, so that w = p (t - c) has room for probes of 8000.
+  static constexpr float kSlack = std::is_same_v<T, bf16> ? 8.0f : 3.0f;
+  static constexpr int kWidth = kKeys / 4;  // keys of a tile that a thread holds
+  using Scores = float[kKeys / 2];
+
+  float m = -INFINITY;
+  float d1 = 0.0f;
+  float d2 = 0.0f;
+  float c = 0.0f;
+
+  // What the sums over earlier tiles need: o *= factor, then o2 -= shift o1.
+  struct Change {
+    float factor;
+    float shift;
+  };
+
+  // Turns a tile's s into p and t into w where every row of the warp sees all of it and m and c are
+  // set. m is raised lazily: by the warp, if some row has outgrown it by kSlack. Returns whether o
+  // must be scaled by *factor.
+  __device__ __forceinline__ bool add_interior(Scores& s, float scale_log2, float* factor) {
+    const float top = tile_max(s) * scale_log2;
+    const bool grown = __any_sync(0xffffffffu, top > m + kSlack);
+    if (grown) {
+      const float raised = fmaxf(m, top);
+      *factor = ptx::exp2(m - raised);
+      m = raised;
+      d1 *= *factor;
+      d2 *= *factor;
+    }
+    d1 += exponentials(s, scale_log2, m);
+    weigh_probes(s);
+    return grown;
+  }
+
+  // The same of any tile: hides what the row does not see (visible counts from the tile's first
+  // key), and moves the centre of a row that has met few keys to their mean.
+  __device__ __forceinline__ Change add_edge(Scores& s, float scale_log2, Range visible) {
+    hide(s, visible);
+    const float top = tile_max(s);
+    const float raised = top == -INFINITY ? m : fmaxf(m, top * scale_log2);
+    Change change;
+    change.factor = m == -INFINITY ? 1.0f : ptx::exp2(m - raised);
+    m = raised;
+    d1 *= change.factor;
+    d2 *= change.factor;
+    const float sum = exponentials(s, scale_log2, m == -INFINITY ? 0.0f : m);
+    float even = 0.0f;
+    float odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      even = fmaf(s[4 * i], s[4 * i + 2], even);
+      odd = fmaf(s[4 * i + 1], s[4 * i + 3], odd);
+    }
+    const float total = quad_sum(d1 + sum);
+    const float offset = quad_sum(d2 + (even + odd) - c * sum);
+    const bool settled = visible.end - kKeys >= kSettledKeys;
+    change.shift = settled || total == 0.0f ? 0.0f : __fdividef(offset, total);
+    c += change.shift;
+    d2 -= change.shift * d1;
+    d1 += sum;
+    weigh_probes(s);
+    return change;
+  }
+
+  __device__ __forceinline__ Finalized<float> finish() const {
+    RowState<float> row;
+    row.m = m * 0.6931471805599453f;
+    row.d1 = quad_sum(d1);
+    row.d2 = quad_sum(d2);
+    return finalize(row, c);
+  }
+
+ private:
+  static __device__ __forceinline__ void hide(Scores& s, Range visible) {
+    using Word = std::conditional_t<(kWidth > 32), std::uint64_t, std::uint32_t>;
+    const Word mask =
+        visible_columns<Word>(visible.begin, visible.end, ptx::thread_index() & 3, kWidth);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      float& logit = s[4 * (i >> 1) + (i & 1)];
+      float& probe = s[4 * (i >> 1) + (i & 1) + 2];
+      const bool seen = (mask >> i) & 1;
+      logit = seen ? logit : -INFINITY;
+      probe = seen ? probe : 0.0f;
+    }
+  }
+
+  static __device__ __forceinline__ float tile_max(const Scores& s) {
+    float even = s[0];
+    float odd = s[1];
+#pragma unroll
+    for (int i = 1; i < kKeys / 8; ++i) {
+      even = fmaxf(even, s[4 * i]);
+      odd = fmaxf(odd, s[4 * i + 1]);
+    }
+    return quad_max(fmaxf(even, odd));
+  }
+
+  // p from the logits; returns this thread's part of their sum.
+  static __device__ __forceinline__ float exponentials(Scores& s, float scale_log2, float shift) {
+    float even = 0.0f;
+    float odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      s[4 * i] = ptx::exp2(fmaf(s[4 * i], scale_log2, -shift));
+      s[4 * i + 1] = ptx::exp2(fmaf(s[4 * i + 1], scale_log2, -shift));
+      even += s[4 * i];
+      odd += s[4 * i + 1];
+    }
+    return even + odd;
+  }
+
+  // w = p (t - c), and d2.
+  __device__ __forceinline__ void weigh_probes(Scores& s) {
+    float even = 0.0f;
+    float odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      s[4 * i + 2] = s[4 * i] * (s[4 * i + 2] - c);
+      s[4 * i + 3] = s[4 * i + 1] * (s[4 * i + 3] - c);
+      even += s[4 * i + 2];
+      odd += s[4 * i + 3];
+    }
+    d2 += even + odd;
+  }
+};
+
+template <int kCount>
+__device__ __forceinline__ void scale_sums(float (&o)[kCount], float factor) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) o[i] *= factor;
+}
+
+// o2 of a centre that is `shift` higher.
+template <int kCount>
+__device__ __forceinline__ void shift_sums(float (&o)[kCount], float shift) {
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    o[i + 2] = fmaf(-shift, o[i], o[i + 2]);
+    o[i + 3] = fmaf(-shift, o[i + 1], o[i + 3]);
+  }
+}
+
+// Four 8-column blocks of a row spread over a quad, two columns a lane: afterwards each lane holds
+// the 16 bytes of one block.
+__device__ __forceinline__ uint4 transpose_quad(std::uint32_t (&r)[4]) {
+  const int quad_lane = ptx::thread_index() & 3;
+  const bool odd = quad_lane & 1;
+  std::uint32_t x0 = odd ? r[0] : r[1];
+  std::uint32_t x1 = odd ? r[2] : r[3];
+  x0 = __shfl_xor_sync(0xffffffffu, x0, 1);
+  x1 = __shfl_xor_sync(0xffffffffu, x1, 1);
+  r[0] = odd ? x0 : r[0];
+  r[2] = odd ? x1 : r[2];
+  r[1] = odd ? r[1] : x0;
+  r[3] = odd ? r[3] : x1;
+  const bool high = quad_lane & 2;
+  std::uint32_t y0 = high ? r[0] : r[2];
+  std::uint32_t y1 = high ? r[1] : r[3];
+  y0 = __shfl_xor_sync(0xffffffffu, y0, 2);
+  y1 = __shfl_xor_sync(0xffffffffu, y1, 2);
+  r[0] = high ? y0 : r[0];
+  r[1] = high ? y1 : r[1];
+  r[2] = high ? r[2] : y0;
+  r[3] = high ? r[3] : y1;
+  return make_uint4(r[0], r[1], r[2], r[3]);
+}
+
+// Writes element(o1, o2) of every column below head_dim, if the row is `valid`.
+template <class T, int kCount, class Element>
+__device__ __forceinline__ void store_row(const float (&o)[kCount], T* row, bool valid,
+                                          int head_dim, const Element& element) {
+  const int quad_lane = ptx::thread_index() & 3;
+#pragma unroll
+  for (int k = 0; k < kCount / 16; ++k) {
+    std::uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = 4 * (4 * k + i);
+      words[i] = ptx::pack<T>(element(o[at], o[at + 2]), element(o[at + 1], o[at + 3]));
+    }
+    const uint4 block = transpose_quad(words);
+    const int column = 8 * (4 * k + quad_lane);
+    if (valid && column < head_dim) *reinterpret_cast<uint4*>(row + column) = block;
+  }
+}
+
+}  // namespace parallax
