@@ -207,8 +207,8 @@ void autocast(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/,
 
 template <c10::DeviceType device_type>
 void register_autocast(torch::Library& m) {
-  for (const char* name :
-       {"attention_forward", "decode.stats", "decode.out", "decode.state", "append_kv"}) {
+  for (const char* name : {"attention_forward", "decode.stats", "decode.out", "decode.state",
+                           "append_kv", "append_kv.rotary"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&autocast<device_type>>());
   }
 }
@@ -218,8 +218,8 @@ void register_autocast(torch::Library& m) {
 TORCH_LIBRARY_IMPL(parallax, Autograd, m) {
   m.impl("attention_forward", unpacked<&attention_forward_autograd>);
   m.impl("attention_backward", unpacked<&attention_backward_autograd>);
-  for (const char* name :
-       {"decode.stats", "decode.out", "decode.state", "append_kv", "merge", "finalize"}) {
+  for (const char* name : {"decode.stats", "decode.out", "decode.state", "decode_schedule",
+                           "append_kv", "append_kv.rotary", "merge", "finalize"}) {
     m.impl(name, torch::CppFunction::makeFromBoxedFunction<&not_differentiable>());
   }
 }

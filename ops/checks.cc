@@ -87,6 +87,18 @@ void check_companion(const Argument& a, const Argument& first, std::int64_t rank
   check_last_axis(a);
 }
 
+bool is_fp8(const at::Tensor& tensor) { return tensor.scalar_type() == at::kFloat8_e4m3fn; }
+
+// A cache goes with `first` in all but its dtype, which may be FP8 too.
+void check_cache(const Argument& a, const Argument& first, const char* layout) {
+  if (!is_fp8(a.tensor)) return check_companion(a, first, 4, layout);
+  TORCH_CHECK_TYPE(first.tensor.scalar_type() != at::kDouble, a, "expected float64 like ",
+                   first.name, ", got float8_e4m3fn");
+  check_rank(a, 4, layout);
+  check_device(a, first);
+  check_last_axis(a);
+}
+
 // Lengths and tables: int32, contiguous, on the device of `first`.
 void check_index(const Argument& a, const Argument& first, c10::SymIntArrayRef sizes,
                  const char* meaning) {
@@ -95,6 +107,33 @@ void check_index(const Argument& a, const Argument& first, c10::SymIntArrayRef s
   check_sizes(a, sizes, meaning);
   TORCH_CHECK_VALUE(a.tensor.is_contiguous(), a, "expected a contiguous tensor, got strides ",
                     a.tensor.sym_strides(), "; pass ", a.name, ".contiguous()");
+}
+
+// Scales, gains and angles: float, contiguous, on the device of `first`.
+void check_floats(const Argument& a, const Argument& first, c10::SymIntArrayRef sizes,
+                  const char* meaning) {
+  check_dtype(a, at::kFloat, "");
+  check_device(a, first);
+  check_sizes(a, sizes, meaning);
+  TORCH_CHECK_VALUE(a.tensor.is_contiguous(), a, "expected a contiguous tensor, got strides ",
+                    a.tensor.sym_strides(), "; pass ", a.name, ".contiguous()");
+}
+
+// Both with an FP8 cache, none without.
+void check_scales(const Argument& k_cache, const OptionalTensor& k_scale,
+                  const OptionalTensor& v_scale) {
+  const bool needed = is_fp8(k_cache.tensor);
+  for (const auto& [name, scale] : {std::pair{"k_scale", &k_scale}, {"v_scale", &v_scale}}) {
+    TORCH_CHECK_VALUE(!needed || *scale, "parallax::", k_cache.op, ": ", name,
+                      ": expected float32 [num_kv_heads] with a float8_e4m3fn cache, got None");
+    TORCH_CHECK_VALUE(needed || !*scale, "parallax::", k_cache.op, ": ", name,
+                      ": expected None with a cache of ", dtype_name(k_cache.tensor.scalar_type()),
+                      " (only a float8_e4m3fn cache takes one), got a tensor");
+    if (*scale) {
+      check_floats({k_cache.op, name, **scale}, k_cache, k_cache.tensor.sym_size(-2),
+                   "[num_kv_heads]");
+    }
+  }
 }
 
 void check_kernel_dtype(const Argument& a) {
@@ -175,7 +214,7 @@ CallShape check_batched(const Argument& q, const Argument& r, const Argument& k,
                         const OptionalTensor& page_table) {
   check_queries(q, r, 4, kQueryLayout);
   const char* layout = page_table ? kPageLayout : kKeyLayout;
-  check_companion(k, q, 4, layout);
+  check_cache(k, q, layout);
   auto [batch, kv_len] = check_keys(k, v, page_table, layout);
   const Argument rows = page_table ? Argument{q.op, "page_table", *page_table} : k;
   check_size(rows, 0, q.tensor.sym_size(0), "the batch of q");
@@ -246,6 +285,8 @@ CallShape check_attention(const char* op, const at::Tensor& q, const at::Tensor&
     return check_packed(query, probe, key, value, {op, "cu_seqlens_q", *options.cu_seqlens_q},
                         {op, "cu_seqlens_k", *options.cu_seqlens_k});
   }
+  TORCH_CHECK_TYPE(!is_fp8(k), key, "expected ", dtype_name(q.scalar_type()),
+                   " like q, got float8_e4m3fn (decode reads FP8 caches)");
   CallShape shape = check_batched(query, probe, key, value, options.page_table);
   check_lengths(query, options.kv_lens, "kv_lens");
   check_lengths(query, options.kv_start, "kv_start");
@@ -280,7 +321,33 @@ CallShape check_decode(const char* op, const at::Tensor& q, const at::Tensor& r,
                                   {op, "v_cache", v_cache}, options.page_table);
   check_lengths(query, kv_lens, "kv_lens");
   check_lengths(query, options.kv_start, "kv_start");
+  check_scales({op, "k_cache", k_cache}, options.k_scale, options.v_scale);
+  if (options.schedule) {
+    const Argument schedule{op, "schedule", *options.schedule};
+    check_dtype(schedule, at::kByte, " (decode_schedule gives it)");
+    check_device(schedule, query);
+    check_sizes(schedule, schedule_size(shape.batch), "decode_schedule of this batch");
+  }
   return shape;
+}
+
+CallShape check_decode_schedule(const char* op, const at::Tensor& q, const at::Tensor& k_cache,
+                                const at::Tensor& kv_lens, const DecodeOptions& options) {
+  const Argument query{op, "q", q}, keys{op, "k_cache", k_cache};
+  check_window(op, options.window, true);
+  CallShape shape = check_batched(query, query, keys, keys, options.page_table);
+  check_lengths(query, kv_lens, "kv_lens");
+  check_lengths(query, options.kv_start, "kv_start");
+  return shape;
+}
+
+c10::SymInt schedule_size(const c10::SymInt& batch) { return batch * 8 + (1 << 16); }
+
+void check_schedule_fits(const char* op, const at::Tensor& schedule, const DecodePlan& plan) {
+  TORCH_CHECK_NOT_IMPLEMENTED(static_cast<std::size_t>(schedule.numel()) >= schedule_bytes(plan),
+                              "parallax::", op, ": schedule: this GPU needs ", schedule_bytes(plan),
+                              " bytes, more than the ", schedule.numel(),
+                              " that fit all known ones; call decode without one");
 }
 
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& q, const at::Tensor& r,
@@ -302,7 +369,8 @@ void check_out(const char* op, const at::Tensor& out, const at::Tensor& q, const
 
 CallShape check_append_kv(const char* op, const at::Tensor& k, const at::Tensor& v,
                           const at::Tensor& k_cache, const at::Tensor& v_cache,
-                          const at::Tensor& positions, const OptionalTensor& page_table) {
+                          const at::Tensor& positions, const OptionalTensor& page_table,
+                          const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
   const Argument key{op, "k", k}, cache{op, "k_cache", k_cache};
   const char* new_layout = "[batch, len, num_kv_heads, head_dim]";
   check_rank(key, 4, new_layout);
@@ -312,17 +380,43 @@ CallShape check_append_kv(const char* op, const at::Tensor& k, const at::Tensor&
   check_companion({op, "v", v}, key, 4, new_layout);
   check_sizes({op, "v", v}, k.sym_sizes(), "the shape of k");
   const char* layout = page_table ? kPageLayout : "[batch, capacity, num_kv_heads, head_dim]";
-  check_companion(cache, key, 4, layout);
+  check_cache(cache, key, layout);
   auto [batch, capacity] = check_keys(cache, {op, "v_cache", v_cache}, page_table, layout);
   check_size(key, 0, batch, page_table ? "the batch of page_table" : "the batch of k_cache");
   check_size(cache, -2, k.sym_size(-2), "the num_kv_heads of k");
   check_size(cache, -1, k.sym_size(-1), "the head_dim of k");
   check_lengths(key, positions, "positions");
+  check_scales(cache, k_scale, v_scale);
   if (!k_cache.is_meta()) {
     check_no_internal_overlap(cache);
     check_no_internal_overlap({op, "v_cache", v_cache});
   }
   return {batch, k.sym_size(1), capacity, k.sym_size(-2), k.sym_size(-2), k.sym_size(-1), false};
+}
+
+void check_rotary(const char* op, const at::Tensor& q, const at::Tensor& r, const at::Tensor& k,
+                  const at::Tensor& cos, const at::Tensor& sin, const RotaryOptions& options,
+                  CallShape* shape) {
+  const Argument query{op, "q", q}, key{op, "k", k};
+  check_queries(query, {op, "r", r}, 4, kQueryLayout);
+  check_companion(query, key, 4, kQueryLayout);
+  check_size(query, 0, k.sym_size(0), "the batch of k");
+  check_size(query, 1, k.sym_size(1), "the length of k");
+  check_size(query, -1, k.sym_size(-1), "the head_dim of k");
+  check_groups(query, key);
+  const c10::SymInt head_dim = k.sym_size(-1);
+  const Argument angles{op, "cos", cos};
+  check_rank(angles, 2, "[num_angles, head_dim / 2]");
+  const c10::SymDimVector table{cos.sym_size(0), head_dim / 2};
+  check_floats(angles, key, table, "[num_angles, head_dim / 2]");
+  check_floats({op, "sin", sin}, key, table, "[num_angles, head_dim / 2] like cos");
+  for (const auto& [name, gain] : {std::pair{"q_gain", &options.q_gain},
+                                   {"r_gain", &options.r_gain},
+                                   {"k_gain", &options.k_gain}}) {
+    if (*gain) check_floats({op, name, **gain}, key, head_dim, "[head_dim]");
+  }
+  check_lengths(key, options.angles, "angles");
+  shape->num_q_heads = q.sym_size(-2);
 }
 
 CallShape check_state(const char* op, const DecodeState& state, const DecodeState& like) {
@@ -370,6 +464,8 @@ DType kernel_dtype(const at::Tensor& tensor) {
       return DType::kFloat32;
     case at::kBFloat16:
       return DType::kBFloat16;
+    case at::kFloat8_e4m3fn:
+      return DType::kFloat8E4M3;
     default:
       return DType::kFloat16;
   }

@@ -43,9 +43,26 @@ CallShape check_decode(const char* op, const at::Tensor& q, const at::Tensor& r,
 void check_out(const char* op, const at::Tensor& out, const at::Tensor& q, const at::Tensor& r,
                const at::Tensor& k_cache, const at::Tensor& v_cache);
 
+// What decode_schedule looks at.
+CallShape check_decode_schedule(const char* op, const at::Tensor& q, const at::Tensor& k_cache,
+                                const at::Tensor& kv_lens, const DecodeOptions& options);
+
+// Bytes of a schedule of this batch on any GPU, so that Meta tensors know them too.
+c10::SymInt schedule_size(const c10::SymInt& batch);
+
+// What a schedule needs on the GPU at hand.
+void check_schedule_fits(const char* op, const at::Tensor& schedule, const DecodePlan& plan);
+
 CallShape check_append_kv(const char* op, const at::Tensor& k, const at::Tensor& v,
                           const at::Tensor& k_cache, const at::Tensor& v_cache,
-                          const at::Tensor& positions, const std::optional<at::Tensor>& page_table);
+                          const at::Tensor& positions, const std::optional<at::Tensor>& page_table,
+                          const std::optional<at::Tensor>& k_scale,
+                          const std::optional<at::Tensor>& v_scale);
+
+// What append_kv.rotary takes beyond append_kv's arguments. Puts q's heads into *shape.
+void check_rotary(const char* op, const at::Tensor& q, const at::Tensor& r, const at::Tensor& k,
+                  const at::Tensor& cos, const at::Tensor& sin, const RotaryOptions& options,
+                  CallShape* shape);
 
 // The five tensors of one partial state; `like` is the first state of a merge, or the state itself.
 CallShape check_state(const char* op, const DecodeState& state, const DecodeState& like);

@@ -2,6 +2,7 @@
 // decode, append_kv, merge and finalize: inference over caches. As in attention.cc, one function
 // serves the CPU, CUDA and Meta keys.
 #include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <tuple>
@@ -19,18 +20,21 @@ namespace {
 using at::Tensor;
 using StateTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+DecodePlan plan_decode(const char* op, const Tensor& q, const Tensor& k_cache,
+                       const CallShape& shape, const DecodeOptions& options) {
+  AttentionProblem problem = problem_of(q, shape, options.scale, true, options.window);
+  problem.kv_dtype = kernel_dtype(k_cache);
+  DecodePlan result;
+  check_status(op, plan(problem, device_of(op, q), &result));
+  return result;
+}
+
 // The inputs of a decode, checked, and what its three forms do with them.
 class DecodeCall {
  public:
-  DecodeCall(const Tensor& q, const Tensor& r, const Tensor& k_cache, const Tensor& v_cache,
-             const Tensor& kv_lens, const DecodeOptions& options)
-      : q_(q),
-        r_(r),
-        k_cache_(k_cache),
-        v_cache_(v_cache),
-        kv_lens_(kv_lens),
-        options_(options),
-        shape_(check_decode(kName, q, r, k_cache, v_cache, kv_lens, options)) {}
+  explicit DecodeCall(const DecodeInputs& in)
+      : in_(in),
+        shape_(check_decode(kName, in.q, in.r, in.k_cache, in.v_cache, in.kv_lens, in.options)) {}
 
   static constexpr const char* kName = "decode";
 
@@ -39,61 +43,74 @@ class DecodeCall {
   }
 
   Tensor empty_vectors(at::ScalarType dtype) const {
-    return at::empty_symint(q_.sym_sizes(), q_.options().dtype(dtype));
+    return at::empty_symint(in_.q.sym_sizes(), in_.q.options().dtype(dtype));
   }
 
   void run_into(const Tensor& o, const Tensor& lse, const Tensor& t_bar) const {
-    if (q_.is_meta()) return;
-    DecodeArgs args = inputs();
+    if (in_.q.is_meta()) return;
+    DecodeArgs args = arguments();
     args.o = view(o);
     args.lse = lse.mutable_data_ptr();
     args.t_bar = t_bar.mutable_data_ptr();
-    run(args);
+    run(&args);
   }
 
   void run_into(const StateView& state) const {
-    DecodeArgs args = inputs();
+    DecodeArgs args = arguments();
     args.state = state;
-    run(args);
+    run(&args);
   }
 
  private:
-  DecodeArgs inputs() const {
+  DecodeArgs arguments() const {
     DecodeArgs args;
-    args.q = const_view(q_);
-    args.r = const_view(r_);
-    args.k_cache = const_view(k_cache_);
-    args.v_cache = const_view(v_cache_);
-    args.sequences.kv_lens = index_data(kv_lens_);
-    args.sequences.kv_start = index_data(options_.kv_start);
-    args.pages = page_table_view(options_.page_table, k_cache_);
+    args.q = const_view(in_.q);
+    args.r = const_view(in_.r);
+    args.k_cache = const_view(in_.k_cache);
+    args.v_cache = const_view(in_.v_cache);
+    args.k_scale = float_data(in_.options.k_scale);
+    args.v_scale = float_data(in_.options.v_scale);
+    args.sequences.kv_lens = index_data(in_.kv_lens);
+    args.sequences.kv_start = index_data(in_.options.kv_start);
+    args.pages = page_table_view(in_.options.page_table, in_.k_cache);
     return args;
   }
 
-  void run(const DecodeArgs& args) const {
-    DecodePlan decode_plan;
-    check_status(kName, plan(problem_of(q_, shape_, options_.scale, true, options_.window),
-                             device_of(kName, q_), &decode_plan));
-    run_decode(kName, decode_plan, args);
+  void run(DecodeArgs* args) const {
+    const DecodePlan plan = plan_decode(kName, in_.q, in_.k_cache, shape_, in_.options);
+    if (in_.options.schedule && plan.device.kind == Device::Kind::kCuda) {
+      check_schedule_fits(kName, *in_.options.schedule, plan);
+      // Runs count in it and leave it as it was.
+      args->schedule = const_cast<void*>(in_.options.schedule->const_data_ptr());
+    }
+    run_decode(kName, plan, *args);
   }
 
-  const Tensor& q_;
-  const Tensor& r_;
-  const Tensor& k_cache_;
-  const Tensor& v_cache_;
-  const Tensor& kv_lens_;
-  const DecodeOptions& options_;
+  const DecodeInputs& in_;
   CallShape shape_;
 };
 
-DecodeOptions decode_options(const OptionalTensor& kv_start, const OptionalTensor& page_table,
-                             std::optional<double> scale, std::optional<std::int64_t> window) {
+// Zeros where there is no GPU to make one for.
+Tensor decode_schedule(const Tensor& q, const Tensor& k_cache, const Tensor& kv_lens,
+                       const OptionalTensor& kv_start, const OptionalTensor& page_table,
+                       std::optional<std::int64_t> window) {
+  const char* op = "decode_schedule";
   DecodeOptions options;
-  options.scale = scale;
   options.window = window;
   options.kv_start = kv_start;
   options.page_table = page_table;
-  return options;
+  const CallShape shape = check_decode_schedule(op, q, k_cache, kv_lens, options);
+  const c10::SymInt size = schedule_size(shape.batch);
+  const at::TensorOptions bytes = q.options().dtype(at::kByte);
+  if (!q.is_cuda()) return at::zeros_symint(size, bytes);
+  const Tensor schedule = at::empty_symint(size, bytes);
+  const DecodePlan plan = plan_decode(op, q, k_cache, shape, options);
+  check_schedule_fits(op, schedule, plan);
+  Sequences sequences;
+  sequences.kv_lens = index_data(kv_lens);
+  sequences.kv_start = index_data(kv_start);
+  run_schedule(op, plan, sequences, schedule.mutable_data_ptr());
+  return schedule;
 }
 
 // StateView serves states that are read and states that are written.
@@ -111,61 +128,93 @@ StateTensors as_tuple(const DecodeState& state) {
   return {state.m, state.d1, state.d2, state.o1, state.o2};
 }
 
-std::tuple<Tensor, Tensor, Tensor> decode_stats(
-    const Tensor& q, const Tensor& r, const Tensor& k_cache, const Tensor& v_cache,
-    const Tensor& kv_lens, const OptionalTensor& kv_start, const OptionalTensor& page_table,
-    std::optional<double> scale, std::optional<std::int64_t> window) {
-  const DecodeOptions options = decode_options(kv_start, page_table, scale, window);
-  const DecodeCall call(q, r, k_cache, v_cache, kv_lens, options);
-  const Tensor o = call.empty_vectors(q.scalar_type());
-  const Tensor lse = call.empty_rows(stats_options(q));
-  const Tensor t_bar = call.empty_rows(stats_options(q));
+std::tuple<Tensor, Tensor, Tensor> decode_stats(const DecodeInputs& in) {
+  const DecodeCall call(in);
+  const Tensor o = call.empty_vectors(in.q.scalar_type());
+  const Tensor lse = call.empty_rows(stats_options(in.q));
+  const Tensor t_bar = call.empty_rows(stats_options(in.q));
   call.run_into(o, lse, t_bar);
   return {o, lse, t_bar};
 }
 
-std::tuple<Tensor, Tensor> decode_out(const Tensor& q, const Tensor& r, const Tensor& k_cache,
-                                      const Tensor& v_cache, const Tensor& kv_lens,
-                                      const OptionalTensor& kv_start,
-                                      const OptionalTensor& page_table, std::optional<double> scale,
-                                      std::optional<std::int64_t> window, Tensor& out) {
-  const DecodeOptions options = decode_options(kv_start, page_table, scale, window);
-  const DecodeCall call(q, r, k_cache, v_cache, kv_lens, options);
-  check_out(DecodeCall::kName, out, q, r, k_cache, v_cache);
-  const Tensor lse = call.empty_rows(stats_options(q));
-  const Tensor t_bar = call.empty_rows(stats_options(q));
+std::tuple<Tensor, Tensor> decode_out(const DecodeInputs& in, Tensor& out) {
+  const DecodeCall call(in);
+  check_out(DecodeCall::kName, out, in.q, in.r, in.k_cache, in.v_cache);
+  const Tensor lse = call.empty_rows(stats_options(in.q));
+  const Tensor t_bar = call.empty_rows(stats_options(in.q));
   call.run_into(out, lse, t_bar);
   return {lse, t_bar};
 }
 
-StateTensors decode_state(const Tensor& q, const Tensor& r, const Tensor& k_cache,
-                          const Tensor& v_cache, const Tensor& kv_lens,
-                          const OptionalTensor& kv_start, const OptionalTensor& page_table,
-                          std::optional<double> scale, std::optional<std::int64_t> window) {
-  const DecodeOptions options = decode_options(kv_start, page_table, scale, window);
-  const DecodeCall call(q, r, k_cache, v_cache, kv_lens, options);
-  const at::TensorOptions rows = q.options().dtype(at::kFloat);
+StateTensors decode_state(const DecodeInputs& in) {
+  const DecodeCall call(in);
+  const at::TensorOptions rows = in.q.options().dtype(at::kFloat);
   const DecodeState state{call.empty_rows(rows), call.empty_rows(rows), call.empty_rows(rows),
                           call.empty_vectors(at::kFloat), call.empty_vectors(at::kFloat)};
-  if (!q.is_meta()) call.run_into(state_view(state));
+  if (!in.q.is_meta()) call.run_into(state_view(state));
   return as_tuple(state);
 }
 
-void append_kv(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache,
-               const Tensor& positions, const OptionalTensor& page_table) {
-  const char* op = "append_kv";
-  const CallShape shape = check_append_kv(op, k, v, k_cache, v_cache, positions, page_table);
-  if (k.is_meta()) return;
-  require_cpu(op, k);
+// The caches' half of the arguments, and the problem.
+AppendArgs append_arguments(const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                            const Tensor& v_cache, const Tensor& positions,
+                            const OptionalTensor& page_table, const OptionalTensor& k_scale,
+                            const OptionalTensor& v_scale) {
   AppendArgs args;
   args.k = const_view(k);
   args.v = const_view(v);
+  args.k_scale = float_data(k_scale);
+  args.v_scale = float_data(v_scale);
   args.positions = positions.const_data_ptr<std::int32_t>();
   args.pages = page_table_view(page_table, k_cache);
   args.k_cache = view(k_cache);
   args.v_cache = view(v_cache);
-  check_status(op,
-               parallax::append_kv(problem_of(k, shape, {}, true, {}), args, cpu_parallel_for()));
+  return args;
+}
+
+AttentionProblem append_problem(const Tensor& k, const Tensor& k_cache, const CallShape& shape) {
+  AttentionProblem problem = problem_of(k, shape, {}, true, {});
+  problem.kv_dtype = kernel_dtype(k_cache);
+  return problem;
+}
+
+void append_kv(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache,
+               const Tensor& positions, const OptionalTensor& page_table,
+               const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const char* op = "append_kv";
+  const CallShape shape =
+      check_append_kv(op, k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale);
+  if (k.is_meta()) return;
+  run_append_kv(op, k, append_problem(k, k_cache, shape),
+                append_arguments(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale));
+}
+
+std::tuple<Tensor, Tensor> append_kv_rotary(
+    const Tensor& q, const Tensor& r, const Tensor& k, const Tensor& v, Tensor& k_cache,
+    Tensor& v_cache, const Tensor& positions, const Tensor& cos, const Tensor& sin,
+    const OptionalTensor& q_gain, const OptionalTensor& r_gain, const OptionalTensor& k_gain,
+    bool rotate_r, double eps, const OptionalTensor& angles, const OptionalTensor& page_table,
+    const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  const char* op = "append_kv";
+  CallShape shape =
+      check_append_kv(op, k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale);
+  const RotaryOptions options{q_gain, r_gain, k_gain, rotate_r, eps, angles, {}, {}, {}};
+  check_rotary(op, q, r, k, cos, sin, options, &shape);
+  const Tensor q_out = at::empty_symint(q.sym_sizes(), q.options());
+  const Tensor r_out = at::empty_symint(r.sym_sizes(), r.options());
+  if (k.is_meta()) return {q_out, r_out};
+  AppendArgs args =
+      append_arguments(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale);
+  args.prologue.k = {float_data(k_gain), true};
+  args.prologue.q = {const_view(q), view(q_out), {float_data(q_gain), true}};
+  args.prologue.r = {const_view(r), view(r_out), {float_data(r_gain), rotate_r}};
+  args.prologue.eps = eps;
+  args.prologue.cos = cos.const_data_ptr<float>();
+  args.prologue.sin = sin.const_data_ptr<float>();
+  args.prologue.num_angles = cos.size(0);
+  args.prologue.angles = index_data(angles);
+  run_append_kv(op, k, append_problem(k, k_cache, shape), args);
+  return {q_out, r_out};
 }
 
 AttentionProblem state_problem(const DecodeState& state, const CallShape& shape) {
@@ -193,10 +242,7 @@ StateTensors merge(at::TensorList m, at::TensorList d1, at::TensorList d2, at::T
                            at::empty_symint(o1[0].sym_sizes(), o1[0].options()),
                            at::empty_symint(o1[0].sym_sizes(), o1[0].options())};
   if (first.m.is_meta()) return as_tuple(merged);
-  require_cpu(op, first.m);
-  check_status(
-      op, merge_states(state_problem(first, shape), views.data(), static_cast<int>(views.size()),
-                       state_view(merged), cpu_parallel_for()));
+  run_merge(op, first.m, state_problem(first, shape), views, state_view(merged));
   return as_tuple(merged);
 }
 
@@ -211,12 +257,10 @@ std::tuple<Tensor, Tensor, Tensor> finalize(const Tensor& m, const Tensor& d1, c
   const Tensor lse = at::empty_symint(m.sym_sizes(), m.options());
   const Tensor t_bar = at::empty_symint(m.sym_sizes(), m.options());
   if (m.is_meta()) return {o, lse, t_bar};
-  require_cpu(op, m);
   AttentionProblem problem = state_problem(state, shape);
   problem.dtype = kernel_dtype(o);
-  check_status(op,
-               finalize_state(problem, state_view(state), view(o), lse.mutable_data_ptr<float>(),
-                              t_bar.mutable_data_ptr<float>(), cpu_parallel_for()));
+  run_finalize(op, m, problem, state_view(state), view(o), lse.mutable_data_ptr<float>(),
+               t_bar.mutable_data_ptr<float>());
   return {o, lse, t_bar};
 }
 
@@ -232,10 +276,12 @@ void refuse_no_states(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
 }
 
 void register_kernels(torch::Library& m) {
-  m.impl("decode.stats", &decode_stats);
-  m.impl("decode.out", &decode_out);
-  m.impl("decode.state", &decode_state);
+  m.impl("decode.stats", unpacked_decode<&decode_stats>);
+  m.impl("decode.out", unpacked_decode<&decode_out>);
+  m.impl("decode.state", unpacked_decode<&decode_state>);
+  m.impl("decode_schedule", &decode_schedule);
   m.impl("append_kv", &append_kv);
+  m.impl("append_kv.rotary", &append_kv_rotary);
   m.impl("merge", &merge);
   m.impl("finalize", &finalize);
 }

@@ -46,6 +46,25 @@ void run_plan(const char* op, const Plan& plan, const Args& args) {
   check_status(op, run(plan, args, workspace.data(), cpu_parallel_for()));
 }
 
+void require_cpu(const char* op, const at::Tensor& tensor) {
+  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), "parallax::", op, ": this build has no kernel for ",
+                              tensor.device(), "; move the tensors to the CPU");
+}
+
+// Checks call(device, stream) where `like` is on a GPU, call(parallel_for) where it is not.
+template <class Call>
+void run_on_device(const char* op, const at::Tensor& like, const Call& call) {
+#ifdef PARALLAX_OPS_CUDA
+  if (like.is_cuda()) {
+    const Device device = device_of(op, like);
+    const Stream stream = c10::cuda::getCurrentCUDAStream(like.get_device()).stream();
+    return check_status(op, call(device, stream));
+  }
+#endif
+  require_cpu(op, like);
+  check_status(op, call(cpu_parallel_for()));
+}
+
 }  // namespace
 
 Device device_of(const char* op, const at::Tensor& tensor) {
@@ -60,11 +79,6 @@ Device device_of(const char* op, const at::Tensor& tensor) {
   device.kind = Device::Kind::kCpu;
   device.num_threads = at::get_num_threads();
   return device;
-}
-
-void require_cpu(const char* op, const at::Tensor& tensor) {
-  TORCH_CHECK_NOT_IMPLEMENTED(tensor.is_cpu(), "parallax::", op, ": this build has no kernel for ",
-                              tensor.device(), "; move the tensors to the CPU");
 }
 
 ParallelFor cpu_parallel_for() {
@@ -91,6 +105,37 @@ void run_backward(const char* op, const BackwardPlan& plan, const BackwardArgs& 
 
 void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args) {
   run_plan(op, plan, args);
+}
+
+void run_schedule(const char* op, const DecodePlan& plan, const Sequences& sequences,
+                  void* schedule) {
+#ifdef PARALLAX_OPS_CUDA
+  const auto index = static_cast<c10::DeviceIndex>(plan.device.index);
+  const Stream stream = c10::cuda::getCurrentCUDAStream(index).stream();
+#else
+  const Stream stream = nullptr;
+#endif
+  check_status(op, parallax::schedule(plan, sequences, schedule, stream));
+}
+
+void run_append_kv(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+                   const AppendArgs& args) {
+  run_on_device(op, like,
+                [&](const auto&... where) { return parallax::append_kv(problem, args, where...); });
+}
+
+void run_merge(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+               const std::vector<StateView>& states, const StateView& merged) {
+  run_on_device(op, like, [&](const auto&... where) {
+    return merge_states(problem, states.data(), static_cast<int>(states.size()), merged, where...);
+  });
+}
+
+void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+                  const StateView& state, const View& o, float* lse, float* t_bar) {
+  run_on_device(op, like, [&](const auto&... where) {
+    return finalize_state(problem, state, o, lse, t_bar, where...);
+  });
 }
 
 }  // namespace parallax::ops

@@ -7,6 +7,8 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <vector>
+
 #include "ops/checks.h"
 #include "parallax/attention.h"
 
@@ -15,9 +17,6 @@ namespace parallax::ops {
 // The device of `tensor`, as plans know it.
 Device device_of(const char* op, const at::Tensor& tensor);
 
-// For operators that have kernels on the CPU alone.
-void require_cpu(const char* op, const at::Tensor& tensor);
-
 // Tasks run on at::get_num_threads() threads, one task at a time from a shared counter: causal rows
 // cost unequal work. Worker ids are stable within a call; nested calls run on one thread.
 ParallelFor cpu_parallel_for();
@@ -25,5 +24,17 @@ ParallelFor cpu_parallel_for();
 void run_forward(const char* op, const ForwardPlan& plan, const ForwardArgs& args);
 void run_backward(const char* op, const BackwardPlan& plan, const BackwardArgs& args);
 void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args);
+
+// REQUIRES: plan.device.kind == kCuda.
+void run_schedule(const char* op, const DecodePlan& plan, const Sequences& sequences,
+                  void* schedule);
+
+// On the device of `like`.
+void run_append_kv(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+                   const AppendArgs& args);
+void run_merge(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+               const std::vector<StateView>& states, const StateView& merged);
+void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+                  const StateView& state, const View& o, float* lse, float* t_bar);
 
 }  // namespace parallax::ops

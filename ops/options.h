@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
-// The dispatcher takes an operator's arguments flat; this room passes them as AttentionOptions. The
-// two adaptors here are the only places that spell the flat list, in the order of the schemas in
+// The dispatcher takes an operator's arguments flat; this room passes them as AttentionOptions and
+// DecodeOptions. The adaptors here spell the flat lists, in the order of the schemas in
 // register.cc: unpacked<kernel> turns kernel(options, args...) into what the dispatcher calls, and
 // AttentionOperator calls the dispatcher with options.
 #pragma once
@@ -62,5 +62,43 @@ class AttentionOperator<Result(Args...)> {
                       const OptionalTensor&, const OptionalTensor&);
   c10::TypedOperatorHandle<Flat> handle_;
 };
+
+// The same for the forms of decode, which the dispatcher hands their tensors and options one by one
+// and, at the end, what they write into.
+struct DecodeInputs {
+  const at::Tensor& q;
+  const at::Tensor& r;
+  const at::Tensor& k_cache;
+  const at::Tensor& v_cache;
+  const at::Tensor& kv_lens;
+  DecodeOptions options;
+};
+
+template <class Result, class... Out>
+using DecodeSignature = Result(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache,
+                               const at::Tensor& v_cache, const at::Tensor& kv_lens,
+                               const OptionalTensor& kv_start, const OptionalTensor& page_table,
+                               std::optional<double> scale, std::optional<std::int64_t> window,
+                               const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                               const OptionalTensor& schedule, Out... out);
+
+template <auto kernel>
+struct UnpackedDecode;
+
+template <class Result, class... Out, Result (*kernel)(const DecodeInputs&, Out...)>
+struct UnpackedDecode<kernel> {
+  static Result call(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache,
+                     const at::Tensor& v_cache, const at::Tensor& kv_lens,
+                     const OptionalTensor& kv_start, const OptionalTensor& page_table,
+                     std::optional<double> scale, std::optional<std::int64_t> window,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale,
+                     const OptionalTensor& schedule, Out... out) {
+    const DecodeOptions options{scale, window, kv_start, page_table, k_scale, v_scale, schedule};
+    return kernel({q, r, k_cache, v_cache, kv_lens, options}, out...);
+  }
+};
+
+template <auto kernel>
+constexpr auto* unpacked_decode = &UnpackedDecode<kernel>::call;
 
 }  // namespace parallax::ops

@@ -18,12 +18,9 @@ c10::TypedOperatorHandle<Signature> find(const char* name, const char* overload)
 template <class Result>
 Result call_decode(const char* overload, const Tensor& q, const Tensor& r, const Tensor& k_cache,
                    const Tensor& v_cache, const Tensor& kv_lens, const DecodeOptions& options) {
-  using Signature = Result(const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-                           const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                           std::optional<double>, std::optional<std::int64_t>);
-  static const auto op = find<Signature>("parallax::decode", overload);
+  static const auto op = find<DecodeSignature<Result>>("parallax::decode", overload);
   return op.call(q, r, k_cache, v_cache, kv_lens, options.kv_start, options.page_table,
-                 options.scale, options.window);
+                 options.scale, options.window, options.k_scale, options.v_scale, options.schedule);
 }
 
 DecodeState as_state(const StateTensors& tensors) {
@@ -65,6 +62,15 @@ DecodeState decode_state(const Tensor& q, const Tensor& r, const Tensor& k_cache
   return as_state(call_decode<StateTensors>("state", q, r, k_cache, v_cache, kv_lens, options));
 }
 
+Tensor decode_schedule(const Tensor& q, const Tensor& k_cache, const Tensor& kv_lens,
+                       const DecodeOptions& options) {
+  static const auto op =
+      find<Tensor(const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&,
+                  const OptionalTensor&, std::optional<std::int64_t>)>("parallax::decode_schedule",
+                                                                       "");
+  return op.call(q, k_cache, kv_lens, options.kv_start, options.page_table, options.window);
+}
+
 DecodeState merge(const std::vector<DecodeState>& states) {
   static const auto op = find<StateTensors(at::TensorList, at::TensorList, at::TensorList,
                                            at::TensorList, at::TensorList)>("parallax::merge", "");
@@ -87,10 +93,28 @@ ThreeTensors finalize(const DecodeState& state, at::ScalarType dtype) {
 }
 
 void append_kv(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cache,
-               const Tensor& positions, const OptionalTensor& page_table) {
-  static const auto op = find<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&,
-                                   const OptionalTensor&)>("parallax::append_kv", "");
-  op.call(k, v, k_cache, v_cache, positions, page_table);
+               const Tensor& positions, const OptionalTensor& page_table,
+               const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
+  static const auto op =
+      find<void(const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&,
+                const OptionalTensor&, const OptionalTensor&, const OptionalTensor&)>(
+          "parallax::append_kv", "");
+  op.call(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale);
+}
+
+std::tuple<Tensor, Tensor> append_kv_rotary(const Tensor& q, const Tensor& r, const Tensor& k,
+                                            const Tensor& v, Tensor& k_cache, Tensor& v_cache,
+                                            const Tensor& positions, const Tensor& cos,
+                                            const Tensor& sin, const RotaryOptions& options) {
+  using Signature = std::tuple<Tensor, Tensor>(
+      const Tensor&, const Tensor&, const Tensor&, const Tensor&, Tensor&, Tensor&, const Tensor&,
+      const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, bool, double, const OptionalTensor&, const OptionalTensor&,
+      const OptionalTensor&, const OptionalTensor&);
+  static const auto op = find<Signature>("parallax::append_kv", "rotary");
+  return op.call(q, r, k, v, k_cache, v_cache, positions, cos, sin, options.q_gain, options.r_gain,
+                 options.k_gain, options.rotate_r, options.eps, options.angles, options.page_table,
+                 options.k_scale, options.v_scale);
 }
 
 }  // namespace parallax::ops

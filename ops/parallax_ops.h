@@ -45,13 +45,16 @@ struct DecodeOptions {
   std::optional<std::int64_t> window;    // last `window` keys of a query, its own among them
   std::optional<at::Tensor> kv_start;    // int32 [batch]
   std::optional<at::Tensor> page_table;  // int32 [batch, max_pages]
+  std::optional<at::Tensor> k_scale;     // float [num_kv_heads]: both with an FP8 cache, and only
+  std::optional<at::Tensor> v_scale;     // there; an element stands for itself times its scale
+  std::optional<at::Tensor> schedule;    // of decode_schedule
 };
 
 // A few new tokens (q, r [batch, q_len, num_q_heads, head_dim]) over a cache k, v [batch, capacity,
 // num_kv_heads, head_dim], or pages [num_pages, page_size, num_kv_heads, head_dim] with a
-// page_table. kv_lens int32 [batch] counts the new tokens too: append_kv first. Causal. Neither
-// this nor any function below is differentiable: each refuses an input that requires grad while
-// grad mode is on.
+// page_table. kv_lens int32 [batch] counts the new tokens too: append_kv first. Causal. The caches
+// have q's dtype or float8_e4m3fn. Neither this nor any function below is differentiable: each
+// refuses an input that requires grad while grad mode is on.
 at::Tensor decode(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache,
                   const at::Tensor& v_cache, const at::Tensor& kv_lens,
                   const DecodeOptions& options = {});
@@ -60,6 +63,12 @@ at::Tensor decode(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_
 std::tuple<at::Tensor, at::Tensor, at::Tensor> decode_with_stats(
     const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache, const at::Tensor& v_cache,
     const at::Tensor& kv_lens, const DecodeOptions& options = {});
+
+// Which part of a GPU reads which keys, uint8: made once a step from the lengths, then handed to
+// the decode of every layer with the same shapes and lengths (DecodeOptions::schedule; calls that
+// share one must not overlap). Without it each decode makes its own. The CPU does not look at it.
+at::Tensor decode_schedule(const at::Tensor& q, const at::Tensor& k_cache,
+                           const at::Tensor& kv_lens, const DecodeOptions& options = {});
 
 // The partial state of rows over some of their keys, float and contiguous: m (the largest logit, in
 // natural units), d1, d2 [batch, num_q_heads, q_len]; o1, o2 [batch, q_len, num_q_heads, head_dim].
@@ -80,8 +89,32 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> finalize(const DecodeState& state
                                                         at::ScalarType dtype = at::kFloat);
 
 // Writes k, v [batch, len, num_kv_heads, head_dim] into the caches, in place: token i of sequence b
-// at positions[b] + i (int32 [batch]).
+// at positions[b] + i (int32 [batch]); into an FP8 cache (float8_e4m3fn) as k / k_scale and v /
+// v_scale, saturating. Places and pages outside the cache are refused on the CPU, skipped on a GPU.
 void append_kv(const at::Tensor& k, const at::Tensor& v, at::Tensor& k_cache, at::Tensor& v_cache,
-               const at::Tensor& positions, const std::optional<at::Tensor>& page_table = {});
+               const at::Tensor& positions, const std::optional<at::Tensor>& page_table = {},
+               const std::optional<at::Tensor>& k_scale = {},
+               const std::optional<at::Tensor>& v_scale = {});
+
+// What happens to q, r and k between their projections and attention: RMSNorm over head_dim where
+// there is a gain (float [head_dim]), then RoPE of q and k, and of r where asked for: the pairs
+// (x_i, x_{i + head_dim / 2}) turned by row `position` of cos and sin, float [num_angles, head_dim
+// / 2]. In float (double for float64), rounded once.
+struct RotaryOptions {
+  std::optional<at::Tensor> q_gain, r_gain, k_gain;
+  bool rotate_r = true;
+  double eps = 1e-6;
+  std::optional<at::Tensor> angles;  // int32 [batch]: token 0's row of cos and sin; positions
+  std::optional<at::Tensor> page_table, k_scale, v_scale;
+};
+
+// append_kv with that in front, in one kernel on a GPU: -> q and r, normed and turned, ready for
+// decode.
+std::tuple<at::Tensor, at::Tensor> append_kv_rotary(const at::Tensor& q, const at::Tensor& r,
+                                                    const at::Tensor& k, const at::Tensor& v,
+                                                    at::Tensor& k_cache, at::Tensor& v_cache,
+                                                    const at::Tensor& positions,
+                                                    const at::Tensor& cos, const at::Tensor& sin,
+                                                    const RotaryOptions& options = {});
 
 }  // namespace parallax::ops

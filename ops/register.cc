@@ -36,25 +36,18 @@ std::tuple<Tensor, Tensor, Tensor> attention_stats(const AttentionOptions& optio
   return {o, lse, t_bar};
 }
 
-Tensor decode_default(const Tensor& q, const Tensor& r, const Tensor& k_cache,
-                      const Tensor& v_cache, const Tensor& kv_lens, const OptionalTensor& kv_start,
-                      const OptionalTensor& page_table, std::optional<double> scale,
-                      std::optional<std::int64_t> window) {
-  DecodeOptions options;
-  options.scale = scale;
-  options.window = window;
-  options.kv_start = kv_start;
-  options.page_table = page_table;
-  return std::get<0>(decode_with_stats(q, r, k_cache, v_cache, kv_lens, options));
+Tensor decode_default(const DecodeInputs& in) {
+  return std::get<0>(decode_with_stats(in.q, in.r, in.k_cache, in.v_cache, in.kv_lens, in.options));
 }
 
 #define PARALLAX_ATTENTION_OPTIONS                                               \
   "float? scale=None, bool causal=True, int? window=None, "                      \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? kv_lens=None, " \
   "Tensor? kv_start=None, Tensor? page_table=None"
-#define PARALLAX_DECODE_INPUTS                                              \
-  "Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, *, Tensor kv_lens, " \
-  "Tensor? kv_start=None, Tensor? page_table=None, float? scale=None, int? window=None"
+#define PARALLAX_DECODE_INPUTS                                                            \
+  "Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, *, Tensor kv_lens, "               \
+  "Tensor? kv_start=None, Tensor? page_table=None, float? scale=None, int? window=None, " \
+  "Tensor? k_scale=None, Tensor? v_scale=None, Tensor? schedule=None"
 #define PARALLAX_STATE "(Tensor m, Tensor d1, Tensor d2, Tensor o1, Tensor o2)"
 
 }  // namespace
@@ -83,8 +76,20 @@ TORCH_LIBRARY(parallax, m) {
         tags);
   m.def("decode.state(" PARALLAX_DECODE_INPUTS ") -> " PARALLAX_STATE, tags);
   m.def(
+      "decode_schedule(Tensor q, Tensor k_cache, *, Tensor kv_lens, Tensor? kv_start=None, "
+      "Tensor? page_table=None, int? window=None) -> Tensor",
+      tags);
+  m.def(
       "append_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, *, "
-      "Tensor positions, Tensor? page_table=None) -> ()",
+      "Tensor positions, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None) "
+      "-> ()",
+      tags);
+  m.def(
+      "append_kv.rotary(Tensor q, Tensor r, Tensor k, Tensor v, Tensor(a!) k_cache, "
+      "Tensor(b!) v_cache, *, Tensor positions, Tensor cos, Tensor sin, Tensor? q_gain=None, "
+      "Tensor? r_gain=None, Tensor? k_gain=None, bool rotate_r=True, float eps=1e-6, "
+      "Tensor? angles=None, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None) "
+      "-> (Tensor q, Tensor r)",
       tags);
   m.def("merge(Tensor[] m, Tensor[] d1, Tensor[] d2, Tensor[] o1, Tensor[] o2) -> " PARALLAX_STATE,
         tags);
@@ -97,7 +102,7 @@ TORCH_LIBRARY(parallax, m) {
 TORCH_LIBRARY_IMPL(parallax, CompositeImplicitAutograd, m) {
   m.impl("attention", unpacked<&attention_default>);
   m.impl("attention.stats", unpacked<&attention_stats>);
-  m.impl("decode", &decode_default);
+  m.impl("decode", unpacked_decode<&decode_default>);
 }
 
 }  // namespace parallax::ops

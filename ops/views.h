@@ -37,6 +37,10 @@ inline at::TensorOptions stats_options(const at::Tensor& q) {
   return q.options().dtype(q.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
 }
 
+inline const float* float_data(const std::optional<at::Tensor>& tensor) {
+  return tensor ? tensor->const_data_ptr<float>() : nullptr;
+}
+
 inline const std::int32_t* index_data(const std::optional<at::Tensor>& tensor) {
   return tensor ? tensor->const_data_ptr<std::int32_t>() : nullptr;
 }

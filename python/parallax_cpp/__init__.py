@@ -24,7 +24,16 @@ from typing import NamedTuple, Optional, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
-__all__ = ["State", "append_kv", "attention", "decode", "finalize", "merge"]
+__all__ = [
+    "State",
+    "append_kv",
+    "append_kv_rotary",
+    "attention",
+    "decode",
+    "decode_schedule",
+    "finalize",
+    "merge",
+]
 
 
 def _load_library() -> None:
@@ -123,6 +132,9 @@ def decode(
     page_table: Optional[Tensor] = None,
     scale: Optional[float] = None,
     window: Optional[int] = None,
+    k_scale: Optional[Tensor] = None,
+    v_scale: Optional[Tensor] = None,
+    schedule: Optional[Tensor] = None,
     return_stats: bool = False,
     return_state: bool = False,
     out: Optional[Tensor] = None,
@@ -131,13 +143,22 @@ def decode(
 
     q, r [batch, q_len, num_q_heads, head_dim]; caches [batch, capacity, num_kv_heads, head_dim], or
     pages with a page_table (see attention). kv_lens, int32 [batch], counts the new tokens too:
-    append_kv first. What lies beyond kv_lens is never read into a result, NaN included.
+    append_kv first. What lies beyond kv_lens is never read into a result, NaN included. Caches of
+    dtype float8_e4m3fn need k_scale and v_scale, float32 [num_kv_heads]: an element stands for
+    itself times its head's scale. schedule: of decode_schedule.
 
     Returns o like q, written into `out` where given; with return_stats (o, lse, t_bar) as in
     attention; with return_state, instead, the State that merge and finalize take.
     """
     inputs = dict(
-        kv_lens=kv_lens, kv_start=kv_start, page_table=page_table, scale=scale, window=window
+        kv_lens=kv_lens,
+        kv_start=kv_start,
+        page_table=page_table,
+        scale=scale,
+        window=window,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        schedule=schedule,
     )
     if return_state:
         if out is not None or return_stats:
@@ -154,6 +175,26 @@ def decode(
     return (o, lse, t_bar) if return_stats else o
 
 
+def decode_schedule(
+    q: Tensor,
+    k_cache: Tensor,
+    *,
+    kv_lens: Tensor,
+    kv_start: Optional[Tensor] = None,
+    page_table: Optional[Tensor] = None,
+    window: Optional[int] = None,
+) -> Tensor:
+    """Which part of a GPU reads which keys: once a step, for the decode of every layer.
+
+    Hand it to decode calls of the same shapes and lengths, one after the other (they must not
+    overlap). q and k_cache give the shapes; their values are not read. Without a schedule each
+    decode makes its own; the CPU needs none.
+    """
+    return _ops.decode_schedule(
+        q, k_cache, kv_lens=kv_lens, kv_start=kv_start, page_table=page_table, window=window
+    )
+
+
 def append_kv(
     k: Tensor,
     v: Tensor,
@@ -162,13 +203,77 @@ def append_kv(
     *,
     positions: Tensor,
     page_table: Optional[Tensor] = None,
+    k_scale: Optional[Tensor] = None,
+    v_scale: Optional[Tensor] = None,
 ) -> None:
     """Writes k, v [batch, len, num_kv_heads, head_dim] into the caches, in place.
 
-    Token i of sequence b goes to place positions[b] + i (positions int32 [batch]). On the CPU a
-    place beyond the capacity, or a page outside the cache, is refused before anything is written.
+    Token i of sequence b goes to place positions[b] + i (positions int32 [batch]); into caches of
+    dtype float8_e4m3fn as k / k_scale and v / v_scale (float32 [num_kv_heads]), rounded to nearest
+    even, what lies beyond 448 to 448. A place beyond the capacity, or a page outside the cache, is
+    refused on the CPU before anything is written, and skipped on a GPU.
     """
-    _ops.append_kv(k, v, k_cache, v_cache, positions=positions, page_table=page_table)
+    _ops.append_kv.default(
+        k,
+        v,
+        k_cache,
+        v_cache,
+        positions=positions,
+        page_table=page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
+
+
+def append_kv_rotary(
+    q: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    *,
+    positions: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    q_gain: Optional[Tensor] = None,
+    r_gain: Optional[Tensor] = None,
+    k_gain: Optional[Tensor] = None,
+    rotate_r: bool = True,
+    eps: float = 1e-6,
+    angles: Optional[Tensor] = None,
+    page_table: Optional[Tensor] = None,
+    k_scale: Optional[Tensor] = None,
+    v_scale: Optional[Tensor] = None,
+) -> Tuple[Tensor, Tensor]:
+    """append_kv of k, v after norm and RoPE, and q, r ready for decode; on a GPU one kernel.
+
+    q, r [batch, len, num_q_heads, head_dim]. Where there is a gain (float32 [head_dim]), a head x
+    becomes x / sqrt(mean(x**2) + eps) * gain; then q, k (and r, unless rotate_r is False) have
+    their pairs (x_i, x_{i + head_dim / 2}) turned by row positions[b] + i of cos and sin, float32
+    [num_angles, head_dim / 2]; angles, int32 [batch], replaces positions there (left padding).
+    In float32 (float64 for float64), rounded once. Returns the new q and r.
+    """
+    return _ops.append_kv.rotary(
+        q,
+        r,
+        k,
+        v,
+        k_cache,
+        v_cache,
+        positions=positions,
+        cos=cos,
+        sin=sin,
+        q_gain=q_gain,
+        r_gain=r_gain,
+        k_gain=k_gain,
+        rotate_r=rotate_r,
+        eps=eps,
+        angles=angles,
+        page_table=page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
+    )
 
 
 def merge(states: Sequence[State]) -> State:

@@ -118,6 +118,62 @@ TEST(Decode, StatesOfAnySplitMergeToTheWhole) {
   }
 }
 
+TEST(Decode, ReadsAnFp8Cache) {
+  torch::manual_seed(6);
+  const Inputs inputs = random_inputs({2, 1, 8, 6, 2, 16}).to(at::kBFloat16);
+  const Tensor kv_lens = int_tensor({8, 5}), positions = int_tensor({0, 0});
+  Tensor k_cache = at::zeros({2, 8, 2, 16}, at::kFloat8_e4m3fn), v_cache = k_cache.clone();
+  DecodeOptions options;
+  options.k_scale = at::tensor({0.01, 0.02}, at::kFloat);
+  options.v_scale = at::tensor({0.03, 0.0078125}, at::kFloat);
+  append_kv(inputs.k, inputs.v, k_cache, v_cache, positions, {}, options.k_scale, options.v_scale);
+  const auto held = [](const Tensor& cache, const Tensor& scale) {
+    return cache.to(at::kDouble) * scale.view({2, 1});
+  };
+  Inputs exact = inputs.to(at::kDouble);
+  exact.k = held(k_cache, *options.k_scale);
+  exact.v = held(v_cache, *options.v_scale);
+  EXPECT_LT(max_difference(exact.k, inputs.k.to(at::kDouble)), 0.3);
+  AttentionOptions visible;
+  visible.kv_lens = kv_lens;
+  const auto [expected, lse, t_bar] = formula(exact, visible);
+  options.schedule = decode_schedule(inputs.q, k_cache, kv_lens, options);
+  const Tensor o = decode(inputs.q, inputs.r, k_cache, v_cache, kv_lens, options);
+  EXPECT_LT(max_difference(o.to(at::kDouble), expected), 0.02);
+}
+
+// Norm and RoPE composed of LibTorch's operations, as a model does them.
+Tensor normed_and_turned(const Tensor& x, const Tensor& gain, const Tensor& cos,
+                         const Tensor& sin) {
+  const Tensor y = x * (x.square().mean(-1, true) + 1e-6).rsqrt() * gain;
+  const std::vector<Tensor> halves = y.chunk(2, -1);
+  return at::cat({halves[0] * cos - halves[1] * sin, halves[1] * cos + halves[0] * sin}, -1);
+}
+
+TEST(Decode, AppendsAfterNormAndRope) {
+  torch::manual_seed(7);
+  const Inputs inputs = random_inputs({2, 3, 3, 6, 2, 16});
+  const Tensor angle = at::outer(at::arange(9, at::kFloat), at::rand({8}));
+  const Tensor cos = angle.cos(), sin = angle.sin();
+  RotaryOptions options;
+  options.q_gain = at::rand({16}) + 0.5;
+  options.r_gain = at::rand({16}) + 0.5;
+  options.k_gain = at::rand({16}) + 0.5;
+  Tensor k_cache = at::full({2, 9, 2, 16}, kNaN, at::kDouble), v_cache = k_cache.clone();
+  const auto [q, r] = append_kv_rotary(inputs.q, inputs.r, inputs.k, inputs.v, k_cache, v_cache,
+                                       int_tensor({4, 4}), cos, sin, options);
+  const auto expected = [&](const Tensor& x, const Tensor& gain) {
+    const auto rows = [](const Tensor& table) { return table.slice(0, 4, 7).unsqueeze(1); };
+    return normed_and_turned(x, gain, rows(cos), rows(sin));
+  };
+  EXPECT_LT(max_difference(q, expected(inputs.q, *options.q_gain)), 1e-12);
+  EXPECT_LT(max_difference(r, expected(inputs.r, *options.r_gain)), 1e-12);
+  EXPECT_LT(max_difference(k_cache.slice(1, 4, 7), expected(inputs.k, *options.k_gain)), 1e-12);
+  EXPECT_TRUE(at::equal(v_cache.slice(1, 4, 7), inputs.v));
+  EXPECT_TRUE(k_cache.slice(1, 0, 4).isnan().all().item<bool>());
+  EXPECT_TRUE(k_cache.slice(1, 7, 9).isnan().all().item<bool>());
+}
+
 TEST(Decode, AppendTellsAutogradThatTheCacheChanged) {
   Tensor cache = at::zeros({1, 4, 1, 8}), other = at::zeros({1, 4, 1, 8});
   const auto before = cache._version();

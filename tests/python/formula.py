@@ -25,6 +25,22 @@ def inputs(q_len, kv_len, heads=(3, 1), batch=2, head_dim=8, dtype=torch.float64
     ]
 
 
+def rotary_table(num_angles, head_dim, theta=1e4):
+    """cos and sin of position * theta^(-2i / head_dim), float32 [num_angles, head_dim / 2]."""
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim
+    angles = torch.outer(torch.arange(num_angles, dtype=torch.float64), theta**-exponents)
+    return angles.cos().float(), angles.sin().float()
+
+
+def normed_and_turned(x, gain, cos, sin, first, eps=1e-6):
+    """x [batch, len, heads, head_dim] after RMSNorm and RoPE; token i of b has row first[b] + i."""
+    x = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain.to(x.dtype)
+    rows = first.long().view(-1, 1) + torch.arange(x.shape[1], device=x.device)
+    cos, sin = (table[rows].unsqueeze(2).to(x.dtype) for table in (cos, sin))
+    low, high = x.chunk(2, -1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+
 def visible_keys(q, k, causal=True, window=None, kv_lens=None, kv_start=None):
     """bool [batch, 1, q_len, kv_len]"""
     batch, q_len, kv_len = q.shape[0], q.shape[1], k.shape[1]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import parallax_cpp
-from formula import inputs, int_tensor
+from formula import inputs, int_tensor, rotary_table
 
 ops = torch.ops.parallax
 KV_LENS = int_tensor([6, 4])
@@ -30,6 +30,11 @@ def backward_arguments():
     return (torch.ones_like(q), q, r, k, v, *ops.attention_forward(q, r, k, v, True))
 
 
+def rotary():
+    cos, sin = rotary_table(6, 8)
+    return dict(cos=cos, sin=sin)
+
+
 OPERATORS = {
     "attention": lambda: (ops.attention.default, leaves(), dict(window=3)),
     "attention.stats": lambda: (ops.attention.stats, leaves(), dict(kv_lens=KV_LENS)),
@@ -47,6 +52,16 @@ OPERATORS = {
         ops.append_kv.default,
         (caches()[2][:, :2], caches()[3][:, :2], *caches()[2:]),
         dict(positions=KV_LENS - 2),
+    ),
+    "decode_schedule": lambda: (
+        ops.decode_schedule.default,
+        (caches()[0], caches()[2]),
+        dict(kv_lens=KV_LENS),
+    ),
+    "append_kv.rotary": lambda: (
+        ops.append_kv.rotary,
+        (*caches()[:2], caches()[2][:, :2], caches()[3][:, :2], *caches()[2:]),
+        dict(positions=KV_LENS - 2, k_gain=torch.ones(8), **rotary()),
     ),
     "merge": lambda: (ops.merge.default, tuple([part, part] for part in state()), {}),
     "finalize": lambda: (ops.finalize.default, tuple(state()), dict(dtype=torch.bfloat16)),

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import parallax_cpp
-from formula import formula, inputs, int_tensor
+from formula import formula, inputs, int_tensor, normed_and_turned, rotary_table
 
 
 def poisoned_caches(k, v, kv_lens):
@@ -88,6 +88,122 @@ def test_states_of_a_split_merge_to_the_whole():
     merged = parallax_cpp.merge([prefix, rest])
     torch.testing.assert_close(parallax_cpp.finalize(merged), whole, rtol=1e-5, atol=1e-5)
     assert parallax_cpp.finalize(merged, dtype=torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def fp8_caches(k, v, capacity):
+    """Caches of float8_e4m3fn that hold k and v from place 0 on, and their scales."""
+    shape = (k.shape[0], capacity, *k.shape[2:])
+    caches = [torch.full(shape, torch.nan).to(torch.float8_e4m3fn) for _ in range(2)]
+    scales = [x.abs().amax((0, 1, 3)).float() / 448 for x in (k, v)]
+    scales[0][0] /= 2  # the first head of k saturates
+    positions = torch.zeros(k.shape[0], dtype=torch.int32)
+    parallax_cpp.append_kv(
+        k, v, *caches, positions=positions, k_scale=scales[0], v_scale=scales[1]
+    )
+    return caches, scales
+
+
+def test_fp8_cache_rounds_as_torch_does_and_decodes_what_it_holds():
+    q, r, k, v = inputs(q_len=2, kv_len=9, heads=(6, 2), head_dim=32, dtype=torch.bfloat16)
+    caches, scales = fp8_caches(k, v, capacity=12)
+    stored = []
+    for x, cache, scale in zip((k, v), caches, scales):
+        scaled = x.float() / scale.view(-1, 1)
+        expected = scaled.clamp(-448, 448).to(torch.float8_e4m3fn)
+        assert torch.equal(cache[:, :9].view(torch.uint8), expected.view(torch.uint8))
+        assert cache[:, 9:].float().isnan().all()
+        stored.append(expected.double() * scale.double().view(-1, 1))
+    kv_lens = int_tensor([9, 5])
+    options = dict(kv_lens=kv_lens, k_scale=scales[0], v_scale=scales[1])
+    o = parallax_cpp.decode(q, r, *caches, **options)
+    exact = formula(q.double(), r.double(), *stored, kv_lens=kv_lens)[0]
+    torch.testing.assert_close(o.double(), exact, rtol=2**-7, atol=1e-3)
+    state = parallax_cpp.decode(q, r, *caches, **options, return_state=True)
+    torch.testing.assert_close(
+        parallax_cpp.finalize(state, dtype=q.dtype)[0], o, rtol=2**-6, atol=1e-2
+    )
+
+
+def test_a_schedule_changes_nothing():
+    q, r, k, v = inputs(q_len=1, kv_len=9, dtype=torch.float32)
+    kv_lens = int_tensor([9, 5])
+    schedule = parallax_cpp.decode_schedule(q, k, kv_lens=kv_lens)
+    with_one = parallax_cpp.decode(q, r, k, v, kv_lens=kv_lens, schedule=schedule)
+    assert torch.equal(with_one, parallax_cpp.decode(q, r, k, v, kv_lens=kv_lens))
+    with pytest.raises(ValueError, match="schedule: expected .* of this batch"):
+        parallax_cpp.decode(q[:1], r[:1], k[:1], v[:1], kv_lens=kv_lens[:1], schedule=schedule)
+
+
+@pytest.mark.parametrize("rotate_r", [True, False])
+@pytest.mark.parametrize("left_padded", [False, True])
+def test_append_after_norm_and_rope(rotate_r, left_padded):
+    q, r, _, _ = inputs(q_len=3, kv_len=3, heads=(6, 2), head_dim=16)
+    _, _, k, v = inputs(q_len=3, kv_len=3, heads=(6, 2), head_dim=16, seed=1)
+    cos, sin = rotary_table(20, 16)
+    gains = [torch.rand(16, generator=torch.Generator().manual_seed(i)) + 0.5 for i in range(3)]
+    positions = int_tensor([4, 9])
+    angles = int_tensor([1, 7]) if left_padded else None
+    first = angles if left_padded else positions
+    caches = [torch.zeros(2, 12, 2, 16, dtype=torch.float64) for _ in range(2)]
+    new_q, new_r = parallax_cpp.append_kv_rotary(
+        q, r, k, v, *caches, positions=positions, cos=cos, sin=sin, q_gain=gains[0],
+        r_gain=gains[1], k_gain=gains[2], rotate_r=rotate_r, angles=angles,
+    )
+    r_cos, r_sin = (cos, sin) if rotate_r else (torch.ones_like(cos), torch.zeros_like(sin))
+    torch.testing.assert_close(new_q, normed_and_turned(q, gains[0], cos, sin, first))
+    torch.testing.assert_close(new_r, normed_and_turned(r, gains[1], r_cos, r_sin, first))
+    expected_k = normed_and_turned(k, gains[2], cos, sin, first)
+    for b, position in enumerate(positions):
+        torch.testing.assert_close(caches[0][b, position : position + 3], expected_k[b])
+        assert torch.equal(caches[1][b, position : position + 3], v[b])
+        assert caches[0][b].any((1, 2)).sum() == caches[1][b].any((1, 2)).sum() == 3
+
+
+def test_fp8_and_rotary_refusals():
+    q, r, k, v = inputs(q_len=1, kv_len=4, heads=(6, 2), dtype=torch.float32)
+    narrow = [x.to(torch.float8_e4m3fn) for x in (k, v)]
+    kv_lens, ones = int_tensor([4, 4]), torch.ones(2)
+    scales = dict(k_scale=ones, v_scale=ones)
+    with pytest.raises(ValueError, match="k_scale: expected float32 .* float8_e4m3fn cache"):
+        parallax_cpp.decode(q, r, *narrow, kv_lens=kv_lens)
+    with pytest.raises(ValueError, match="v_scale: expected float32 .* float8_e4m3fn cache"):
+        parallax_cpp.decode(q, r, *narrow, kv_lens=kv_lens, k_scale=ones)
+    with pytest.raises(ValueError, match="k_scale: expected None with a cache of float32"):
+        parallax_cpp.decode(q, r, k, v, kv_lens=kv_lens, **scales)
+    with pytest.raises(ValueError, match=r"k_scale: expected \[2\] \(\[num_kv_heads\]\)"):
+        parallax_cpp.decode(q, r, *narrow, kv_lens=kv_lens, k_scale=torch.ones(3), v_scale=ones)
+    with pytest.raises(ValueError, match=r"v_scale\[1\]: expected a finite number above 0"):
+        bad = torch.tensor([1.0, 0.0])
+        parallax_cpp.decode(q, r, *narrow, kv_lens=kv_lens, k_scale=ones, v_scale=bad)
+    with pytest.raises(TypeError, match="k_scale: expected float32, got float64"):
+        parallax_cpp.decode(q, r, *narrow, kv_lens=kv_lens, k_scale=ones.double(), v_scale=ones)
+    with pytest.raises(TypeError, match="v_cache: expected float8_e4m3fn like k_cache"):
+        parallax_cpp.decode(q, r, narrow[0], v, kv_lens=kv_lens, **scales)
+    with pytest.raises(TypeError, match="k_cache: expected float64 like q, got float8_e4m3fn"):
+        parallax_cpp.decode(q.double(), r.double(), *narrow, kv_lens=kv_lens, **scales)
+    with pytest.raises(TypeError, match="k: expected float32 like q, got float8_e4m3fn"):
+        parallax_cpp.attention(q, r, *narrow)
+    with pytest.raises(TypeError, match="k_cache: expected float32 like k, got float16"):
+        parallax_cpp.append_kv(
+            k[:, :1], v[:, :1], k.half(), v.half(), positions=int_tensor([0, 0])
+        )
+    cos, sin = rotary_table(4, 8)
+    rotary = dict(positions=int_tensor([0, 3]), cos=cos, sin=sin)
+    parallax_cpp.append_kv_rotary(q, r, k[:, :1], v[:, :1], k, v, **rotary)
+    with pytest.raises(ValueError, match=r"sin: expected \[4, 4\]"):
+        parallax_cpp.append_kv_rotary(
+            q, r, k[:, :1], v[:, :1], k, v, **{**rotary, "sin": sin[:3]}
+        )
+    with pytest.raises(ValueError, match=r"angles\[0\]: expected 0 to 3"):
+        parallax_cpp.append_kv_rotary(
+            q, r, k[:, :1], v[:, :1], k, v, **rotary, angles=int_tensor([4, 0])
+        )
+    with pytest.raises(ValueError, match=r"k_gain: expected \[8\] \(\[head_dim\]\)"):
+        parallax_cpp.append_kv_rotary(
+            q, r, k[:, :1], v[:, :1], k, v, **rotary, k_gain=torch.ones(4)
+        )
+    with pytest.raises(ValueError, match="q: expected size 2 in axis 1 .the length of k."):
+        parallax_cpp.append_kv_rotary(q, r, k[:, :2], v[:, :2], k, v, **rotary)
 
 
 def test_refusals():
