@@ -13,9 +13,9 @@
 
 namespace parallax::mma {
 
-// Copies 16 bytes to shared memory, or zeros where `there` is false (the source is not read then).
-__device__ __forceinline__ void copy_async(std::uint32_t destination, const void* source,
-                                           bool there) {
+// Copies 16 bytes to shared memory, or writes zeros and reads nothing.
+__device__ __forceinline__ void copy_or_clear(std::uint32_t destination, const void* source,
+                                              bool there) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
                "l"(source), "r"(there ? 16 : 0)
                : "memory");
@@ -80,7 +80,7 @@ struct Rows {
     for (int n = first; n < kRows + first; n += kThreads / kChunks) {
       const bool there = n >= present.begin && n < present.end;
       const T* from = there ? source + offset(n) + 8 * chunk : source;
-      copy_async(tile + place(n) * kBytes + ((chunk ^ (n & 7)) << 4), from, there);
+      copy_or_clear(tile + place(n) * kBytes + ((chunk ^ (n & 7)) << 4), from, there);
     }
   }
 };

@@ -357,8 +357,8 @@ struct PortableKeysBlock : PortableBackward<T, kHeadDim> {
     if (thread < kStream) {
       const std::int64_t row = statistics_begin(params, sequence, place.b, head) + first;
       const float2* source = thread < kStream / 2 ? params.softmax : params.gradient;
-      mma::copy_async(memory + kStatisticsAt + 2 * stage * kStatisticsBytes + 16 * thread,
-                      source + row + 2 * (thread % (kStream / 2)), true);
+      mma::copy_or_clear(memory + kStatisticsAt + 2 * stage * kStatisticsBytes + 16 * thread,
+                         source + row + 2 * (thread % (kStream / 2)), true);
     }
   }
 
