@@ -37,6 +37,7 @@ void place_model(CausalLm& model, const TrainConfig& train, const std::string& d
   const bool needs_bfloat16 = place.is_cuda() && model.config().mixer == "parallax";
   model.compute_in(needs_bfloat16 || train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
   model.to(place);
+  model.prepare_for_inference();
 }
 
 }  // namespace parallax::lm

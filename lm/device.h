@@ -15,9 +15,10 @@ namespace parallax::lm {
 // for another name and for a GPU that is not there.
 at::Device resolve_device(const std::string& name);
 
-// Moves a model that was read to where it shall compute: the device of that name, or, where it is
-// empty, the CPU if it was trained there, else as "auto". It computes in the dtype of its training;
-// a Parallax model on a GPU in bfloat16, since the kernels there take nothing wider.
+// Moves a model that was read, and shall not be trained, to where it shall compute: the device of
+// that name, or, where it is empty, the CPU if it was trained there, else as "auto". It computes in
+// the dtype of its training; a Parallax model on a GPU in bfloat16, since the kernels there take
+// nothing wider.
 void place_model(CausalLm& model, const TrainConfig& train, const std::string& device);
 
 }  // namespace parallax::lm

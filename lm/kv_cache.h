@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
-// Keys and values of the tokens a model has seen, for generation. r is used where its token is the
-// query and never cached, so both mixers keep the same cache.
+// Keys and values of the tokens a model has seen, for generation, in pages that sequences take from
+// one pool and give back (paged attention: Kwon et al., arXiv 2309.06180). r is used where its
+// token is the query and never cached, so both mixers keep the same cache.
 #pragma once
 
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <set>
 #include <vector>
 
 #include "lm/config.h"
@@ -13,43 +15,96 @@
 
 namespace parallax::lm {
 
-// All sequences of a cache are equally long. A copy shares memory.
-struct KvCache {
-  KvCache(const ModelConfig& config, std::int64_t batch, std::int64_t capacity,
-          at::TensorOptions options = {})
-      : capacity(capacity),
-        positions(at::zeros({batch}, options.dtype(at::kInt))),
-        kv_lens(at::zeros({batch}, options.dtype(at::kInt))) {
-    for (std::int64_t layer = 0; layer < config.num_layers; ++layer) {
-      k.push_back(at::empty({batch, capacity, config.num_kv_heads, config.head_dim}, options));
-      v.push_back(at::empty_like(k.back()));
-    }
-  }
+struct KvCacheShape {
+  std::int64_t batch = 1;       // rows: sequences held at once
+  std::int64_t max_len = 0;     // tokens that one sequence may have
+  std::int64_t page_size = 64;  // tokens; a power of two from 1 to 256
+  std::int64_t num_pages = 0;   // of the pool; 0: enough for every row to be full
+};
 
-  // Makes room for new_tokens of each sequence, whose keys and values a mixer then writes. Throws
-  // Error where they do not fit.
-  void advance(std::int64_t new_tokens) {
-    if (len + new_tokens > capacity) {
-      throw Error("key/value cache: room for " + std::to_string(capacity) + " tokens, " +
-                  std::to_string(len + new_tokens) + " needed");
-    }
-    positions.copy_(kv_lens);
-    kv_lens.add_(new_tokens);
-    len += new_tokens;
-  }
+// Some rows of a cache: [first, first + count).
+struct RowRange {
+  std::int64_t first = 0;
+  std::int64_t count = 1;
+};
 
-  void clear() {
-    positions.zero_();
-    kv_lens.zero_();
-    len = 0;
-  }
+// Row b holds one sequence, or is idle (length 0, no pages). The tensors below keep their addresses
+// for the life of the cache, so a captured CUDA graph that reads them can be replayed after any of
+// the calls that change their contents. Not thread safe; the device work of a call is queued on the
+// current stream.
+class KvCache {
+ public:
+  // Throws Error where the shape is impossible.
+  KvCache(const ModelConfig& config, const KvCacheShape& shape, at::TensorOptions options = {});
+  KvCache(KvCache&&) = default;
+  KvCache& operator=(KvCache&&) = default;
 
-  std::int64_t capacity = 0;
-  std::int64_t len = 0;       // tokens held, of each sequence
-  at::Tensor positions;       // int32 [batch]: where the newest tokens begin
-  at::Tensor kv_lens;         // int32 [batch]: where they end, each `len`
-  std::vector<at::Tensor> k;  // a layer: [batch, capacity, num_kv_heads, head_dim]
-  std::vector<at::Tensor> v;
+  // Takes the pages that row needs for new_tokens more, a copy of a shared page that they would
+  // begin in among them; later appends of so many tokens cannot fail, unless the row is forked in
+  // between. Throws Error, changing nothing, where the pool has too few free pages or the sequence
+  // would be longer than max_len.
+  void reserve(std::int64_t row, std::int64_t new_tokens);
+
+  // Counts new_tokens more in each of the rows; a mixer then writes their keys and values. Reserves
+  // what is not reserved yet; throws as reserve does, for all rows or none.
+  void append(RowRange rows, std::int64_t new_tokens);
+
+  // Lets the idle row `to` hold what `from` holds, in the same pages. Whoever appends first to a
+  // page that is shared copies it.
+  void fork(std::int64_t from, std::int64_t to);
+
+  // Gives up the row's sequence: pages that nobody else holds are free again.
+  void release(std::int64_t row);
+
+  std::int64_t len(std::int64_t row) const { return lens_.at(row); }
+  const std::vector<std::int32_t>& pages(std::int64_t row) const { return pages_.at(row); }
+  std::int64_t num_free_pages() const { return static_cast<std::int64_t>(free_.size()); }
+  std::int64_t num_pages() const { return static_cast<std::int64_t>(references_.size()); }
+  std::int64_t page_size() const { return shape_.page_size; }
+  std::int64_t batch() const { return shape_.batch; }
+  // Tokens that one row of the page table spans: max_len, rounded up to pages.
+  std::int64_t capacity() const { return max_pages_ * shape_.page_size; }
+  // Whether each of the rows holds so many tokens.
+  bool all_have(RowRange rows, std::int64_t len) const;
+  // Whether each row's tokens lie in one piece, its pages being neighbours in the pool.
+  bool in_one_piece(RowRange rows) const;
+
+  // Where the newest tokens of each row begin and where they end, int32 [count]. An idle row ends
+  // at 0, and what is written there goes to a place that no other row sees.
+  at::Tensor positions(RowRange rows) const;
+  at::Tensor kv_lens(RowRange rows) const;
+  at::Tensor page_table(RowRange rows) const;  // int32 [count, max_pages]
+
+  // A layer's pages, [pages, page_size, num_kv_heads, head_dim]; beyond the pool's own there are
+  // those of the idle rows.
+  at::Tensor& k(std::int64_t layer) { return k_.at(layer); }
+  at::Tensor& v(std::int64_t layer) { return v_.at(layer); }
+  // The pages of one row as [1, len(row), num_kv_heads, head_dim]: a view where they lie in one
+  // piece, else a copy.
+  at::Tensor row_of(const at::Tensor& pages, std::int64_t row) const;
+
+ private:
+  std::int64_t pages_for(std::int64_t tokens) const;
+  bool writes_shared_page(std::int64_t row) const;
+  void check_row(std::int64_t row) const;
+  void check_room(RowRange rows, std::int64_t new_tokens) const;
+  void take(std::int64_t row, std::int64_t new_tokens);
+  void own_last_page(std::int64_t row);
+  std::int32_t take_page();
+  void drop(std::int32_t page);
+  void write_row(std::int64_t row);
+  void upload(bool page_table_too);
+
+  KvCacheShape shape_;
+  std::int64_t max_pages_ = 0;
+  std::vector<std::vector<std::int32_t>> pages_;  // of each row
+  std::vector<std::int64_t> lens_;                // of each row
+  std::vector<std::int32_t> references_;          // to each page
+  std::set<std::int32_t> free_;                   // the lowest is taken first
+  // int32 [batch * (2 + max_pages)]: positions, kv_lens, page_table. One tensor on a CPU, else two.
+  at::Tensor host_tables_, tables_;
+  at::Tensor storage_;  // [num_layers, 2, pages, page_size, num_kv_heads, head_dim]
+  std::vector<at::Tensor> k_, v_;
 };
 
 }  // namespace parallax::lm

@@ -17,14 +17,13 @@ Weight::Weight(at::IntArrayRef shape) { weight = register_parameter("weight", at
 
 // ---- RoPE
 
-Rope make_rope(std::int64_t start, std::int64_t len, std::int64_t head_dim, double theta,
-               at::TensorOptions options) {
-  const auto f32 = options.dtype(at::kFloat);
+Rope make_rope(const at::Tensor& positions, std::int64_t head_dim, double theta,
+               at::ScalarType dtype) {
+  const auto f32 = positions.options().dtype(at::kFloat);
   const at::Tensor exponents = at::arange(0, head_dim, 2, f32) / static_cast<double>(head_dim);
   const at::Tensor frequencies = at::pow(theta, exponents).reciprocal();
-  const at::Tensor positions = at::arange(start, start + len, f32);
-  const at::Tensor angles = at::outer(positions, frequencies).unsqueeze(1);
-  return {angles.cos().to(options), angles.sin().to(options)};
+  const at::Tensor angles = (positions.to(at::kFloat).unsqueeze(-1) * frequencies).unsqueeze(-2);
+  return {angles.cos().to(dtype), angles.sin().to(dtype)};
 }
 
 namespace {
@@ -92,10 +91,47 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps) {
   return at::rms_norm(x, {x.size(-1)}, w, eps);
 }
 
+namespace {
+
+bool lie_together(const std::vector<at::Tensor>& weights) {
+  const at::Tensor* last = nullptr;
+  for (const at::Tensor& w : weights) {
+    if (last && !(w.is_alias_of(*last) && w.is_contiguous() &&
+                  w.storage_offset() == last->storage_offset() + last->numel())) {
+      return false;
+    }
+    last = &w;
+  }
+  return true;
+}
+
+at::Tensor joined(const std::vector<at::Tensor>& weights) {
+  // For many rows the copy that cat makes is small: out * in against rows * out * in.
+  if (!lie_together(weights)) return at::cat(weights);
+  std::int64_t out = 0;
+  for (const at::Tensor& w : weights) out += w.size(0);
+  return weights[0].as_strided({out, weights[0].size(1)}, weights[0].strides());
+}
+
+}  // namespace
+
 at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights) {
-  // The copy that cat makes is small beside the product: out * in against rows * out * in.
-  const at::Tensor w = weights.size() == 1 ? weights[0] : at::cat(weights);
+  const at::Tensor w = weights.size() == 1 ? weights[0] : joined(weights);
   return at::linear(x, w.to(x.scalar_type()));
+}
+
+void join_weights(const std::vector<std::shared_ptr<Weight>>& weights, at::ScalarType dtype) {
+  const at::NoGradGuard no_grad;
+  std::vector<at::Tensor> parts;
+  for (const auto& one : weights) parts.push_back(one->weight.to(dtype));
+  const at::Tensor all = at::cat(parts);
+  std::int64_t row = 0;
+  for (const auto& one : weights) {
+    const std::int64_t rows = one->weight.size(0);
+    one->weight.set_requires_grad(false);
+    one->weight.set_data(all.narrow(0, row, rows));
+    row += rows;
+  }
 }
 
 namespace {

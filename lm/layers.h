@@ -7,6 +7,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -19,15 +20,16 @@ class Weight : public torch::nn::Module {
   at::Tensor weight;
 };
 
-// cos and sin of the rotation angles of some positions, [len, 1, head_dim / 2].
+// cos and sin of the rotation angles of some positions, [len, 1, head_dim / 2], or of each row's
+// own [batch, len, 1, head_dim / 2].
 struct Rope {
   at::Tensor cos, sin;
 };
 
-// Angles of positions [start, start + len): position * theta^(-2i / head_dim), frequencies, angles,
-// cos and sin in float32 whatever `options` asks the result to be.
-Rope make_rope(std::int64_t start, std::int64_t len, std::int64_t head_dim, double theta,
-               at::TensorOptions options);
+// Angles of integer positions [len] or [batch, len]: position * theta^(-2i / head_dim);
+// frequencies, angles, cos and sin in float32 whatever `dtype` the result shall have.
+Rope make_rope(const at::Tensor& positions, std::int64_t head_dim, double theta,
+               at::ScalarType dtype);
 
 // x [batch, len, heads, head_dim] with the pairs (x_i, x_{i + head_dim/2}) rotated by their angles.
 at::Tensor rotate(const at::Tensor& x, const Rope& rope);
@@ -35,8 +37,12 @@ at::Tensor rotate(const at::Tensor& x, const Rope& rope);
 // x / sqrt(mean(x^2) + eps) * gain over the last axis.
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps);
 
-// x [..., in] times several [out_i, in] weights in one product -> [..., sum of out_i].
+// x [..., in] times several [out_i, in] weights in one product -> [..., sum of out_i]. Weights that
+// lie one after another (join_weights) are read in place, others are copied together first.
 at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights);
+
+// Lets these weights [out_i, in] lie one after another in memory of `dtype`, without gradients.
+void join_weights(const std::vector<std::shared_ptr<Weight>>& weights, at::ScalarType dtype);
 
 // gate|up [..., 2 size] -> silu(gate) * up [..., size].
 at::Tensor swiglu(const at::Tensor& gate_up);

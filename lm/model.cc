@@ -19,6 +19,11 @@ class FeedForward : public torch::nn::Module {
     down_proj_ = weight("down_proj", {config.hidden_size, config.ffn_size});
   }
 
+  void prepare_for_inference(at::ScalarType dtype) {
+    join_weights({gate_proj_, up_proj_}, dtype);
+    join_weights({down_proj_}, dtype);
+  }
+
   at::Tensor forward(const at::Tensor& x) {
     return project(swiglu(project(x, {gate_proj_->weight, up_proj_->weight})),
                    {down_proj_->weight});
@@ -41,9 +46,14 @@ class DecoderLayer : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x, const Rope& rope) {
     return feed_forward(x + mixer_->forward(mixer_input(x), rope));
   }
-  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
+  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache, RowRange rows,
                             std::int64_t layer) {
-    return feed_forward(x + mixer_->forward_cached(mixer_input(x), rope, cache, layer));
+    return feed_forward(x + mixer_->forward_cached(mixer_input(x), rope, cache, rows, layer));
+  }
+  void prepare_for_inference(at::ScalarType dtype) {
+    for (const auto& norm : {input_norm_, ffn_norm_}) join_weights({norm}, dtype);
+    mixer_->prepare_for_inference(dtype);
+    ffn_->prepare_for_inference(dtype);
   }
   AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) {
     return mixer_->attention_inputs(mixer_input(x), rope);
@@ -119,9 +129,8 @@ at::Tensor CausalLm::embed(const at::Tensor& tokens) const {
   return at::embedding(embed_tokens_->weight, tokens).to(compute_dtype_);
 }
 
-Rope CausalLm::rope(std::int64_t start, std::int64_t len) const {
-  return make_rope(start, len, config_.head_dim, config_.rope_theta,
-                   at::TensorOptions(compute_dtype_).device(device()));
+Rope CausalLm::rope(const at::Tensor& positions) const {
+  return make_rope(positions, config_.head_dim, config_.rope_theta, compute_dtype_);
 }
 
 at::Tensor CausalLm::final_norm(const at::Tensor& x) const {
@@ -129,7 +138,7 @@ at::Tensor CausalLm::final_norm(const at::Tensor& x) const {
 }
 
 at::Tensor CausalLm::hidden(const at::Tensor& tokens) {
-  const Rope angles = rope(0, tokens.size(1));
+  const Rope angles = rope(at::arange(tokens.size(1), tokens.options()));
   at::Tensor x = embed(tokens);  // [batch, len, hidden_size]
   for (const auto& layer : layers_) x = layer->forward(x, angles);
   return final_norm(x);
@@ -149,26 +158,40 @@ at::Tensor CausalLm::loss(const at::Tensor& tokens, const at::Tensor& targets,
   return linear_cross_entropy_rows(rows, head_weight(), targets.flatten()).view(targets.sizes());
 }
 
-at::Tensor CausalLm::forward_cached(const at::Tensor& tokens, KvCache& cache) {
+at::Tensor CausalLm::forward_cached(const at::Tensor& tokens, KvCache& cache,
+                                    std::int64_t first_row) {
+  const RowRange rows{first_row, tokens.size(0)};
+  cache.append(rows, tokens.size(1));
+  return decode(tokens, cache, rows);
+}
+
+at::Tensor CausalLm::decode(const at::Tensor& tokens, KvCache& cache, RowRange rows) {
   const at::NoGradGuard no_grad;
-  const Rope angles = rope(cache.len, tokens.size(1));
-  cache.advance(tokens.size(1));
+  const at::Tensor steps = at::arange(tokens.size(1), tokens.options().dtype(at::kInt));
+  const Rope angles = rope(cache.positions(rows).unsqueeze(1) + steps);  // [count, len]
   at::Tensor x = embed(tokens);
   for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
-    x = layers_[layer]->forward_cached(x, angles, cache, static_cast<std::int64_t>(layer));
+    x = layers_[layer]->forward_cached(x, angles, cache, rows, static_cast<std::int64_t>(layer));
   }
   return logits(final_norm(x.select(1, -1)));
 }
 
+void CausalLm::prepare_for_inference() {
+  for (const auto& alone : {embed_tokens_, norm_, lm_head_}) {
+    if (alone) join_weights({alone}, compute_dtype_);
+  }
+  for (const auto& layer : layers_) layer->prepare_for_inference(compute_dtype_);
+}
+
 AttentionInputs CausalLm::attention_inputs(const at::Tensor& tokens, std::int64_t layer) {
-  const Rope angles = rope(0, tokens.size(1));
+  const Rope angles = rope(at::arange(tokens.size(1), tokens.options()));
   at::Tensor x = embed(tokens);
   for (std::int64_t below = 0; below < layer; ++below) x = layers_[below]->forward(x, angles);
   return layers_.at(layer)->attention_inputs(x, angles);
 }
 
-KvCache CausalLm::make_cache(std::int64_t batch, std::int64_t capacity) const {
-  return KvCache(config_, batch, capacity, at::TensorOptions(compute_dtype_).device(device()));
+KvCache CausalLm::make_cache(const KvCacheShape& shape) const {
+  return KvCache(config_, shape, at::TensorOptions(compute_dtype_).device(device()));
 }
 
 }  // namespace parallax::lm

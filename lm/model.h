@@ -48,15 +48,25 @@ class CausalLm : public torch::nn::Module {
   at::Tensor loss(const at::Tensor& tokens, const at::Tensor& targets,
                   Reduction reduction = Reduction::kMean);
 
-  // tokens [batch, len] that follow the cached ones -> logits of the last position [batch,
-  // vocab_size]; the cache then holds them too. Throws Error where the cache is too small.
-  at::Tensor forward_cached(const at::Tensor& tokens, KvCache& cache);
+  // tokens [count, len] that follow those in rows [first_row, first_row + count) of the cache ->
+  // logits of the last position [count, vocab_size]; the cache then holds them too. Throws Error
+  // where the cache is too small.
+  at::Tensor forward_cached(const at::Tensor& tokens, KvCache& cache, std::int64_t first_row = 0);
+
+  // The device's part of that, for rows that KvCache::append has counted the tokens of, or that are
+  // idle (their logits mean nothing). Where len is 1 it reads nothing on the host and allocates
+  // nothing that a CUDA graph could not hold.
+  at::Tensor decode(const at::Tensor& tokens, KvCache& cache, RowRange rows);
+
+  // Casts the weights to the dtype of compute_in and lets those that meet the same input lie one
+  // after another, so that no forward does either again. Ends training.
+  void prepare_for_inference();
 
   // What layer `layer` attends with, for tokens [batch, len].
   AttentionInputs attention_inputs(const at::Tensor& tokens, std::int64_t layer);
 
-  // An empty cache with this model's shapes, compute dtype and device.
-  KvCache make_cache(std::int64_t batch, std::int64_t capacity) const;
+  // An empty cache with this model's heads, compute dtype and device.
+  KvCache make_cache(const KvCacheShape& shape) const;
 
   const ModelConfig& config() const { return config_; }
   at::Device device() const;
@@ -64,7 +74,7 @@ class CausalLm : public torch::nn::Module {
  private:
   const at::Tensor& head_weight() const;  // [vocab_size, hidden_size]
   at::Tensor embed(const at::Tensor& tokens) const;
-  Rope rope(std::int64_t start, std::int64_t len) const;
+  Rope rope(const at::Tensor& positions) const;
   at::Tensor final_norm(const at::Tensor& x) const;
 
   ModelConfig config_;

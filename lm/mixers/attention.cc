@@ -3,6 +3,8 @@
 
 #include <ATen/SDPBackend.h>
 
+#include "ops/parallax_ops.h"
+
 namespace parallax::lm {
 
 Attention::Attention(const ModelConfig& config) : config_(config) {
@@ -61,8 +63,23 @@ at::Tensor Attention::forward(const at::Tensor& x, const Rope& rope) {
 }
 
 at::Tensor Attention::forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
-                                     std::int64_t layer) {
-  return project_output(attend_cached(attention_inputs(x, rope), cache, layer));
+                                     RowRange rows, std::int64_t layer) {
+  const AttentionInputs inputs = attention_inputs(x, rope);
+  ops::append_kv(inputs.k, inputs.v, cache.k(layer), cache.v(layer), cache.positions(rows),
+                 cache.page_table(rows));
+  // Where the rows hold nothing else, a prompt's keys and values are at hand in one piece.
+  const std::int64_t q_len = inputs.q.size(1);
+  const bool is_prompt = q_len > 1 && cache.all_have(rows, q_len);
+  return project_output(is_prompt ? attend(inputs) : attend_cached(inputs, cache, rows, layer));
+}
+
+void Attention::prepare_for_inference(at::ScalarType dtype) {
+  std::vector<std::shared_ptr<Weight>> inputs{q_proj_, k_proj_, v_proj_};
+  if (r_proj_) inputs.insert(inputs.begin() + 1, r_proj_);
+  join_weights(inputs, dtype);
+  for (const auto& alone : {o_proj_, q_norm_, k_norm_, r_norm_}) {
+    if (alone) join_weights({alone}, dtype);
+  }
 }
 
 std::shared_ptr<Mixer> make_mixer(const ModelConfig& config) {

@@ -16,14 +16,16 @@ class Attention : public Mixer {
   explicit Attention(const ModelConfig& config);
 
   at::Tensor forward(const at::Tensor& x, const Rope& rope) final;
-  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
+  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache, RowRange rows,
                             std::int64_t layer) final;
+  void prepare_for_inference(at::ScalarType dtype) final;
   AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) final;
 
  protected:
   // -> o [batch, len, num_q_heads, head_dim]
   virtual at::Tensor attend(const AttentionInputs& inputs) = 0;
-  virtual at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
+  // The keys and values are in the cache already.
+  virtual at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache, RowRange rows,
                                    std::int64_t layer) = 0;
 
  private:
@@ -42,7 +44,7 @@ class SoftmaxAttention final : public Attention {
 
  private:
   at::Tensor attend(const AttentionInputs& inputs) override;
-  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
+  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache, RowRange rows,
                            std::int64_t layer) override;
 };
 
@@ -52,7 +54,7 @@ class ParallaxAttention final : public Attention {
 
  private:
   at::Tensor attend(const AttentionInputs& inputs) override;
-  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache,
+  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache, RowRange rows,
                            std::int64_t layer) override;
 };
 

@@ -25,10 +25,14 @@ class Mixer : public torch::nn::Module {
   // x [batch, len, hidden_size] -> the same shape. Causal.
   virtual at::Tensor forward(const at::Tensor& x, const Rope& rope) = 0;
 
-  // The same for the newest tokens of a cache that already counts them (KvCache::advance): writes
-  // their keys and values to layer `layer` of the cache and attends to all that it holds.
+  // The same for the newest tokens of some rows of a cache that already counts them
+  // (KvCache::append): writes their keys and values to layer `layer` of the cache and attends to
+  // all that the rows hold. Idle rows give zeros or what their token alone would.
   virtual at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
-                                    std::int64_t layer) = 0;
+                                    RowRange rows, std::int64_t layer) = 0;
+
+  // Lays the weights out for inference (CausalLm::prepare_for_inference).
+  virtual void prepare_for_inference(at::ScalarType dtype) = 0;
 
   virtual AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) = 0;
 };

@@ -13,15 +13,18 @@ at::Tensor ParallaxAttention::attend(const AttentionInputs& inputs) {
 }
 
 at::Tensor ParallaxAttention::attend_cached(const AttentionInputs& inputs, KvCache& cache,
-                                            std::int64_t layer) {
-  at::Tensor& k_cache = cache.k[layer];
-  at::Tensor& v_cache = cache.v[layer];
-  ops::append_kv(inputs.k, inputs.v, k_cache, v_cache, cache.positions);
+                                            RowRange rows, std::int64_t layer) {
+  const at::Tensor& k_pages = cache.k(layer);
+  const at::Tensor& v_pages = cache.v(layer);
   if (inputs.q.size(1) < kPrefillLen) {
-    return ops::decode(inputs.q, inputs.r, k_cache, v_cache, cache.kv_lens);
+    ops::DecodeOptions options;
+    options.page_table = cache.page_table(rows);
+    return ops::decode(inputs.q, inputs.r, k_pages, v_pages, cache.kv_lens(rows), options);
   }
-  return ops::attention(inputs.q, inputs.r, k_cache.narrow(1, 0, cache.len),
-                        v_cache.narrow(1, 0, cache.len));
+  ops::AttentionOptions options;
+  options.kv_lens = cache.kv_lens(rows);
+  options.page_table = cache.page_table(rows);
+  return ops::attention(inputs.q, inputs.r, k_pages, v_pages, options);
 }
 
 }  // namespace parallax::lm

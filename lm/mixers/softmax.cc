@@ -13,6 +13,16 @@ at::Tensor sdpa(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
       .transpose(1, 2);
 }
 
+// The newest tokens' queries over all keys: the last query sees the last key, where LibTorch would
+// align its causal mask to the first.
+at::Tensor newest_over_all(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v) {
+  const std::int64_t q_len = q.size(1), kv_len = k.size(1);
+  if (q_len == 1) return sdpa(q, k, v, {}, /*causal=*/false);
+  const at::Tensor mask =
+      at::ones({q_len, kv_len}, q.options().dtype(at::kBool)).tril(kv_len - q_len);
+  return sdpa(q, k, v, mask, /*causal=*/false);
+}
+
 }  // namespace
 
 at::Tensor SoftmaxAttention::attend(const AttentionInputs& inputs) {
@@ -20,19 +30,16 @@ at::Tensor SoftmaxAttention::attend(const AttentionInputs& inputs) {
 }
 
 at::Tensor SoftmaxAttention::attend_cached(const AttentionInputs& inputs, KvCache& cache,
-                                           std::int64_t layer) {
-  const std::int64_t q_len = inputs.q.size(1);
-  const std::int64_t past = cache.len - q_len;
-  cache.k[layer].narrow(1, past, q_len).copy_(inputs.k);
-  cache.v[layer].narrow(1, past, q_len).copy_(inputs.v);
-  const at::Tensor k = cache.k[layer].narrow(1, 0, cache.len);
-  const at::Tensor v = cache.v[layer].narrow(1, 0, cache.len);
-  if (past == 0) return sdpa(inputs.q, k, v, {}, /*causal=*/true);
-  if (q_len == 1) return sdpa(inputs.q, k, v, {}, /*causal=*/false);
-  // LibTorch aligns its causal mask to the first key; here the last query sees the last key.
-  const at::Tensor mask =
-      at::ones({q_len, cache.len}, inputs.q.options().dtype(at::kBool)).tril(past);
-  return sdpa(inputs.q, k, v, mask, /*causal=*/false);
+                                           RowRange rows, std::int64_t layer) {
+  at::Tensor o = at::zeros_like(inputs.q, at::MemoryFormat::Contiguous);
+  for (std::int64_t i = 0; i < rows.count; ++i) {
+    const std::int64_t row = rows.first + i;
+    if (cache.len(row) == 0) continue;
+    o.narrow(0, i, 1).copy_(newest_over_all(inputs.q.narrow(0, i, 1),
+                                            cache.row_of(cache.k(layer), row),
+                                            cache.row_of(cache.v(layer), row)));
+  }
+  return o;
 }
 
 }  // namespace parallax::lm

@@ -118,19 +118,19 @@ TEST_P(BothMixers, CachedLogitsAreTheUncachedOnes) {
   const at::NoGradGuard no_grad;
   const at::Tensor tokens = random_tokens(2, 60, config.vocab_size);
   const at::Tensor full = model.logits(model.hidden(tokens));
-  KvCache cache = model.make_cache(2, 64);
+  KvCache cache = model.make_cache({.batch = 2, .max_len = 64, .page_size = 16});
   for (int round = 0; round < 2; ++round) {  // the second on a cleared cache
     std::int64_t done = 0;
     for (const std::int64_t len : {19, 1, 1, 3, 25, 11}) {
       const at::Tensor logits = model.forward_cached(tokens.narrow(1, done, len), cache);
       done += len;
-      EXPECT_EQ(cache.len, done);
+      EXPECT_EQ(cache.len(1), done);
       const double gap = (logits - full.select(1, done - 1)).abs().max().item<double>();
       EXPECT_LT(gap, 2e-5) << "after " << done;
     }
     EXPECT_THROW(model.forward_cached(tokens.narrow(1, 0, 5), cache), Error);
-    EXPECT_EQ(cache.len, done);
-    cache.clear();
+    EXPECT_EQ(cache.len(1), done);
+    for (const std::int64_t row : {0, 1}) cache.release(row);
   }
 }
 
@@ -227,10 +227,12 @@ TEST_P(BothMixers, AttentionInputsAreThoseOfTheLayer) {
   const at::NoGradGuard no_grad;
   const at::Tensor tokens = random_tokens(2, 12, config.vocab_size);
   const AttentionInputs inputs = model.attention_inputs(tokens, 1);
-  KvCache cache = model.make_cache(2, 12);
+  KvCache cache = model.make_cache({.batch = 2, .max_len = 12, .page_size = 4});
   model.forward_cached(tokens, cache);
-  EXPECT_TRUE(at::allclose(inputs.k, cache.k[1], 1e-5, 1e-6));
-  EXPECT_TRUE(at::allclose(inputs.v, cache.v[1], 1e-5, 1e-6));
+  for (const std::int64_t row : {0, 1}) {
+    EXPECT_TRUE(at::allclose(inputs.k[row], cache.row_of(cache.k(1), row)[0], 1e-5, 1e-6));
+    EXPECT_TRUE(at::allclose(inputs.v[row], cache.row_of(cache.v(1), row)[0], 1e-5, 1e-6));
+  }
   EXPECT_EQ(inputs.q.sizes(), (at::IntArrayRef{2, 12, 6, 8}));
   EXPECT_EQ(inputs.r.defined(), std::string(GetParam()) == "parallax");
 }

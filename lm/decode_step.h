@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: MIT
+// One token more for each of many sequences. On a GPU the whole step is a CUDA graph, captured once
+// for each number of rows and replayed whatever the sequences' lengths are; on a CPU it runs as it
+// is.
+#pragma once
+
+#include <torch/torch.h>
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "lm/model.h"
+
+namespace parallax::lm {
+
+class DecodeStep {
+ public:
+  // Rows that a cache needs for `count` sequences: a step works on a few numbers of rows only, with
+  // idle ones in the places left over. On a CPU it takes eight at a time, always: a matrix product
+  // of another height may round differently, and what a sequence gets must not depend on its
+  // neighbours.
+  static std::int64_t rows_for(std::int64_t count, at::Device device);
+
+  // Keeps references. The cache has rows_for(...) rows.
+  DecodeStep(CausalLm& model, KvCache& cache);
+  ~DecodeStep();
+
+  // tokens[b], b = 0 .. count - 1, follows what row b holds, which then counts it; rows from
+  // `count` on are idle. -> logits [count, vocab_size], float32 or wider, on the model's device,
+  // good until the next call. Throws Error where the cache is full, before anything is changed.
+  at::Tensor operator()(const std::vector<std::int32_t>& tokens);
+
+  // The same without a graph.
+  at::Tensor run_eager(const std::vector<std::int32_t>& tokens);
+
+ private:
+  struct Graphs;
+
+  // Counts and hands over the new tokens. -> how many rows the step takes.
+  std::int64_t begin(const std::vector<std::int32_t>& tokens);
+  at::Tensor forward(RowRange rows);
+
+  CausalLm& model_;
+  KvCache& cache_;
+  at::Tensor tokens_;  // int64 [batch, 1] on the device, its address stays
+  std::unique_ptr<Graphs> graphs_;
+};
+
+}  // namespace parallax::lm
