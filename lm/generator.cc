@@ -4,10 +4,11 @@
 #include <algorithm>
 #include <chrono>
 #include <cmath>
-#include <memory>
+#include <functional>
 #include <numeric>
 #include <utility>
 
+#include "lm/decode_step.h"
 #include "lm/error.h"
 #include "lm/utf8.h"
 
@@ -78,44 +79,210 @@ std::int32_t draw(const std::vector<Candidate>& candidates, double uniform) {
   return candidates.back().token;
 }
 
-// The text so far as the model sees it; advance() appends tokens and returns the logits of the
-// next.
-class Context {
- public:
-  Context(CausalLm& model, std::int64_t capacity, bool use_cache) : model_(model) {
-    if (use_cache) cache_ = std::make_unique<KvCache>(model.make_cache(1, capacity));
-  }
-
-  at::Tensor advance(const std::vector<std::int32_t>& tokens) {
-    const at::Tensor added =
-        at::tensor(tokens, at::kLong).to(model_.device()).unsqueeze(0);  // [1, len]
-    if (cache_) return model_.forward_cached(added, *cache_)[0];
-    text_ = text_.defined() ? at::cat({text_, added}, 1) : added;
-    return model_.logits(model_.hidden(text_).select(1, -1))[0];
-  }
-
- private:
-  CausalLm& model_;
-  std::unique_ptr<KvCache> cache_;
-  at::Tensor text_;  // without a cache: [1, len]
-};
-
 std::vector<std::int32_t> encode_prompt(const Tokenizer& tokenizer, std::string_view prompt) {
   std::vector<std::int32_t> tokens = tokenizer.encode(prompt);
   if (tokens.empty()) tokens.push_back(tokenizer.end_of_document());
   return tokens;
 }
 
-// A model may have more rows in its head than the tokenizer has tokens (padding).
-at::Tensor known_tokens(const at::Tensor& logits, const Tokenizer& tokenizer) {
-  return logits.narrow(0, 0, std::min<std::int64_t>(logits.size(0), tokenizer.vocab_size()));
+at::Tensor on_device(const std::vector<std::int32_t>& tokens, const CausalLm& model) {
+  return at::tensor(tokens, at::kLong).to(model.device()).unsqueeze(0);  // [1, len]
 }
 
-// Appends what is complete by now to the generation and hands it on.
-void emit(std::string piece, Generation& generation, const OnText& on_text) {
-  if (piece.empty()) return;
-  if (on_text) on_text(piece);
-  generation.text += piece;
+// Where pieces and whole texts go.
+struct Listener {
+  const OnText& on_text;
+  const OnDone& on_done;
+};
+
+// One text as it grows.
+class Text {
+ public:
+  Text(std::size_t index, std::string_view prompt, const Tokenizer& tokenizer,
+       const GenerateOptions& options, const Listener& listener)
+      : index_(index),
+        tokenizer_(tokenizer),
+        max_new_tokens_(options.max_new_tokens),
+        listener_(listener),
+        sampler_(seeded(options.sampling, index)),
+        prompt_(encode_prompt(tokenizer, prompt)) {
+    generation_.prompt_tokens = static_cast<std::int64_t>(prompt_.size());
+    generation_.seed = options.sampling.seed + index;
+  }
+
+  const std::vector<std::int32_t>& prompt() const { return prompt_; }
+  std::int64_t max_len() const { return generation_.prompt_tokens + max_new_tokens_; }
+  std::int32_t newest() const { return generation_.tokens.back(); }
+  Generation take() { return std::move(generation_); }
+
+  // logits [vocab_size] of the next token. -> whether there is anything to go on from.
+  bool grow(const at::Tensor& logits) {
+    // A model may have more rows in its head than the tokenizer has tokens (padding).
+    const std::int64_t known = std::min<std::int64_t>(logits.size(0), tokenizer_.vocab_size());
+    const std::int32_t token = sampler_.sample(logits.narrow(0, 0, known));
+    generation_.ended = token == tokenizer_.end_of_document();
+    if (!generation_.ended) {
+      generation_.tokens.push_back(token);
+      emit(characters_.push(tokenizer_.token_bytes(token)));
+    }
+    const bool full = static_cast<std::int64_t>(generation_.tokens.size()) == max_new_tokens_;
+    if (!generation_.ended && !full) return true;
+    emit(characters_.finish());
+    if (listener_.on_done) listener_.on_done(index_, generation_);
+    return false;
+  }
+
+ private:
+  static SamplingOptions seeded(SamplingOptions options, std::size_t index) {
+    options.seed += index;
+    return options;
+  }
+
+  // Appends what is complete by now and hands it on.
+  void emit(const std::string& piece) {
+    if (piece.empty()) return;
+    if (listener_.on_text) listener_.on_text(index_, piece);
+    generation_.text += piece;
+  }
+
+  std::size_t index_;
+  const Tokenizer& tokenizer_;
+  std::int64_t max_new_tokens_;
+  Listener listener_;
+  Sampler sampler_;
+  Utf8Stream characters_;
+  std::vector<std::int32_t> prompt_;
+  Generation generation_;
+};
+
+// Grows texts in the rows of a cache: row b holds the b-th of those that are growing.
+class Batch {
+ public:
+  Batch(CausalLm& model, std::vector<Text>& texts, const GenerateOptions& options)
+      : model_(model),
+        texts_(texts),
+        max_batch_(
+            std::min<std::int64_t>(options.max_batch, static_cast<std::int64_t>(texts.size()))),
+        cache_(model.make_cache(shape(options))),
+        step_(model, cache_) {}
+
+  GenerationTimes run() {
+    while (next_ < texts_.size() || !growing_.empty()) {
+      auto start = Clock::now();
+      while (next_ < texts_.size() && has_place()) admit();
+      times_.prefill_seconds += seconds_since(start);
+      if (growing_.empty()) continue;
+      start = Clock::now();
+      step();
+      times_.decode_seconds += seconds_since(start);
+    }
+    return times_;
+  }
+
+ private:
+  KvCacheShape shape(const GenerateOptions& options) const {
+    KvCacheShape shape;
+    shape.batch = DecodeStep::rows_for(max_batch_, model_.device());
+    shape.page_size = options.page_size;
+    std::vector<std::int64_t> pages;
+    for (const Text& text : texts_) {
+      shape.max_len = std::max(shape.max_len, text.max_len());
+      pages.push_back((text.max_len() + options.page_size - 1) / options.page_size);
+    }
+    // Enough for any max_batch of them.
+    std::sort(pages.begin(), pages.end(), std::greater<>());
+    shape.num_pages = std::accumulate(pages.begin(), pages.begin() + max_batch_, std::int64_t{0});
+    return shape;
+  }
+
+  bool has_place() const { return static_cast<std::int64_t>(growing_.size()) < max_batch_; }
+
+  // Prefills the next prompt, alone: what it gets does not depend on the others. Those after it
+  // that are equal share its pages.
+  void admit() {
+    const std::vector<std::int32_t>& prompt = texts_[next_].prompt();
+    const std::size_t source = growing_.size();
+    cache_.reserve(static_cast<std::int64_t>(source), texts_[next_].max_len());
+    const at::Tensor logits =
+        model_.forward_cached(on_device(prompt, model_), cache_, static_cast<std::int64_t>(source))
+            .to(at::kCPU)[0];
+    times_.prefill_tokens += static_cast<std::int64_t>(prompt.size());
+    growing_.push_back(next_++);
+    while (next_ < texts_.size() && has_place() && texts_[next_].prompt() == prompt) {
+      const auto row = static_cast<std::int64_t>(growing_.size());
+      cache_.fork(static_cast<std::int64_t>(source), row);
+      cache_.reserve(row, texts_[next_].max_len() - cache_.len(row));
+      growing_.push_back(next_++);
+    }
+    for (std::size_t row = growing_.size(); row-- > source;) {
+      if (!texts_[growing_[row]].grow(logits)) remove(row);
+    }
+  }
+
+  // A token more for each.
+  void step() {
+    std::vector<std::int32_t> newest;
+    for (const std::size_t text : growing_) newest.push_back(texts_[text].newest());
+    const at::Tensor logits = step_(newest).to(at::kCPU);
+    times_.decode_tokens += static_cast<std::int64_t>(newest.size());
+    for (std::size_t row = growing_.size(); row-- > 0;) {
+      if (!texts_[growing_[row]].grow(logits[static_cast<std::int64_t>(row)])) remove(row);
+    }
+  }
+
+  // The last row moves to the place that becomes free. Rows behind `row` have all grown.
+  void remove(std::size_t row) {
+    const auto last = static_cast<std::int64_t>(growing_.size()) - 1;
+    const auto place = static_cast<std::int64_t>(row);
+    cache_.release(place);
+    if (place != last) {
+      cache_.fork(last, place);
+      cache_.release(last);
+    }
+    growing_[row] = growing_.back();
+    growing_.pop_back();
+  }
+
+  CausalLm& model_;
+  std::vector<Text>& texts_;
+  std::int64_t max_batch_;
+  KvCache cache_;
+  DecodeStep step_;
+  std::vector<std::size_t> growing_;  // the text in each row
+  std::size_t next_ = 0;              // the first that waits
+  GenerationTimes times_;
+};
+
+// Recomputes the whole text for every token.
+GenerationTimes grow_without_cache(CausalLm& model, Text& text) {
+  GenerationTimes times;
+  at::Tensor tokens = on_device(text.prompt(), model);
+  times.prefill_tokens = tokens.size(1);
+  const auto next_logits = [&] { return model.logits(model.hidden(tokens).select(1, -1))[0]; };
+  auto start = Clock::now();
+  at::Tensor logits = next_logits();
+  times.prefill_seconds = seconds_since(start);
+  start = Clock::now();
+  while (text.grow(logits)) {
+    tokens = at::cat({tokens, on_device({text.newest()}, model)}, 1);
+    logits = next_logits();
+    ++times.decode_tokens;
+  }
+  times.decode_seconds = seconds_since(start);
+  return times;
+}
+
+void check(const GenerateOptions& options) {
+  const auto at_least_1 = [](const char* name, std::int64_t value) {
+    if (value >= 1) return;
+    throw Error(std::string(name) + " must be at least 1, got " + std::to_string(value));
+  };
+  at_least_1("max_new_tokens", options.max_new_tokens);
+  at_least_1("max_batch", options.max_batch);
+}
+
+double per_second(std::int64_t count, double seconds) {
+  return count > 0 && seconds > 0 ? static_cast<double>(count) / seconds : 0;
 }
 
 }  // namespace
@@ -144,35 +311,45 @@ std::int32_t Sampler::sample(const at::Tensor& logits) {
   return draw(candidates, uniform);
 }
 
+GenerationTimes& GenerationTimes::operator+=(const GenerationTimes& other) {
+  prefill_tokens += other.prefill_tokens;
+  prefill_seconds += other.prefill_seconds;
+  decode_tokens += other.decode_tokens;
+  decode_seconds += other.decode_seconds;
+  return *this;
+}
+
+double GenerationTimes::prefill_tokens_per_s() const {
+  return per_second(prefill_tokens, prefill_seconds);
+}
+
+double GenerationTimes::decode_tokens_per_s() const {
+  return per_second(decode_tokens, decode_seconds);
+}
+
+Generations generate(CausalLm& model, const Tokenizer& tokenizer,
+                     const std::vector<std::string>& prompts, const GenerateOptions& options,
+                     const OnText& on_text, const OnDone& on_done) {
+  check(options);
+  const torch::NoGradGuard no_grad;
+  std::vector<Text> texts;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    texts.emplace_back(i, prompts[i], tokenizer, options, Listener{on_text, on_done});
+  }
+  Generations result;
+  if (options.use_cache && !texts.empty()) {
+    result.times = Batch(model, texts, options).run();
+  } else {
+    for (Text& text : texts) result.times += grow_without_cache(model, text);
+  }
+  for (Text& text : texts) result.texts.push_back(text.take());
+  return result;
+}
+
 Generation generate(CausalLm& model, const Tokenizer& tokenizer, std::string_view prompt,
                     const GenerateOptions& options, const OnText& on_text) {
-  if (options.max_new_tokens < 1) {
-    throw Error("max_new_tokens must be at least 1, got " + std::to_string(options.max_new_tokens));
-  }
-  const torch::NoGradGuard no_grad;
-  const std::vector<std::int32_t> prompt_tokens = encode_prompt(tokenizer, prompt);
-  Sampler sampler(options.sampling);
-  Generation generation;
-  generation.prompt_tokens = static_cast<std::int64_t>(prompt_tokens.size());
-  Context context(model, generation.prompt_tokens + options.max_new_tokens, options.use_cache);
-  Utf8Stream characters;
-
-  auto start = Clock::now();
-  at::Tensor logits = context.advance(prompt_tokens);
-  generation.prefill_seconds = seconds_since(start);
-  start = Clock::now();
-  while (true) {
-    const std::int32_t token = sampler.sample(known_tokens(logits, tokenizer));
-    generation.ended = token == tokenizer.end_of_document();
-    if (generation.ended) break;
-    generation.tokens.push_back(token);
-    emit(characters.push(tokenizer.token_bytes(token)), generation, on_text);
-    if (static_cast<std::int64_t>(generation.tokens.size()) == options.max_new_tokens) break;
-    logits = context.advance({token});
-  }
-  generation.decode_seconds = seconds_since(start);
-  emit(characters.finish(), generation, on_text);
-  return generation;
+  return generate(model, tokenizer, std::vector<std::string>{std::string(prompt)}, options, on_text)
+      .texts.front();
 }
 
 }  // namespace parallax::lm

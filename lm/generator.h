@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// Writes on from a prompt: prefill, then a token at a time through the KV cache.
+// Writes on from prompts: prefill, then a token at a time through the KV cache, many texts at once.
 #pragma once
 
 #include <torch/torch.h>
@@ -40,23 +40,50 @@ class Sampler {
 
 struct GenerateOptions {
   std::int64_t max_new_tokens = 256;
-  SamplingOptions sampling;
-  bool use_cache = true;  // false recomputes the whole text for every token
+  SamplingOptions sampling;     // prompt i of several has the seed `seed + i`
+  std::int64_t max_batch = 64;  // texts that grow at the same time; others wait
+  std::int64_t page_size = 64;  // of the cache, in tokens
+  bool use_cache = true;        // false recomputes the whole text for every token
 };
 
 struct Generation {
   std::vector<std::int32_t> tokens;  // the new ones, without a final end of document
   std::string text;                  // theirs, as UTF-8
   std::int64_t prompt_tokens = 0;
-  bool ended = false;          // the model ended the document itself
-  double prefill_seconds = 0;  // until the logits of the first new token
-  double decode_seconds = 0;   // of the other new tokens
+  std::uint64_t seed = 0;
+  bool ended = false;  // the model ended the document itself
 };
 
-// Receives the new text in pieces of whole UTF-8 characters, as they come.
-using OnText = std::function<void(std::string_view)>;
+// How long the parts took, over all texts.
+struct GenerationTimes {
+  std::int64_t prefill_tokens = 0;  // equal prompts that follow one another count once
+  double prefill_seconds = 0;       // until the logits of first new tokens
+  std::int64_t decode_tokens = 0;   // those that a decode step gave
+  double decode_seconds = 0;
+  GenerationTimes& operator+=(const GenerationTimes& other);
+  double prefill_tokens_per_s() const;  // 0 where there were none
+  double decode_tokens_per_s() const;
+};
 
-// An empty prompt starts a new document. Throws Error where an option is out of range.
+struct Generations {
+  std::vector<Generation> texts;  // in the order of the prompts
+  GenerationTimes times;
+};
+
+// Receives the new text of prompt `index` in pieces of whole UTF-8 characters, as they come.
+using OnText = std::function<void(std::size_t index, std::string_view piece)>;
+// Called once a text is complete; prompts end in any order.
+using OnDone = std::function<void(std::size_t index, const Generation& generation)>;
+
+// Goes on from each prompt until its text ends or has max_new_tokens. On a CPU each text is, bit
+// for bit, the one that its prompt would get alone with its seed, however many others grow beside
+// it (on a GPU matrix products of other heights may round differently). An empty prompt starts a
+// new document. Throws Error where an option is out of range.
+Generations generate(CausalLm& model, const Tokenizer& tokenizer,
+                     const std::vector<std::string>& prompts, const GenerateOptions& options,
+                     const OnText& on_text = {}, const OnDone& on_done = {});
+
+// The same for one prompt.
 Generation generate(CausalLm& model, const Tokenizer& tokenizer, std::string_view prompt,
                     const GenerateOptions& options, const OnText& on_text = {});
 

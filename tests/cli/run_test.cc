@@ -125,6 +125,36 @@ TEST_F(Run, GenerateStreamsWhatItsJsonSays) {
   }
 }
 
+TEST_F(Run, GenerateWritesManyTextsAsItWouldEachAlone) {
+  const std::vector<std::string> prompts = {"line 1", "", "of some text, line 2"};
+  write_text(at("prompts.txt"), "line 1\n\nof some text, line 2\n");
+  const auto words = [](std::vector<std::string> more) {
+    std::vector<std::string> words = {"generate", at("parallax"), "--max-new-tokens", "30"};
+    words.insert(words.end(), more.begin(), more.end());
+    return words;
+  };
+  const json all = json_of(words({"--json", "--prompts", at("prompts.txt"), "--samples", "2"}));
+  ASSERT_EQ(all["texts"].size(), 6u);
+  for (std::size_t i = 0; i < 6; ++i) {
+    const json& text = all["texts"][i];
+    EXPECT_EQ(text["prompt"], prompts[i / 2]);
+    EXPECT_EQ(text["seed"], i);
+    const json alone =
+        json_of(words({"--json", "--prompt", prompts[i / 2], "--seed", std::to_string(i)}));
+    EXPECT_EQ(text["tokens"], alone["tokens"]);
+  }
+  EXPECT_GT(all["tokens_per_s"], 0);
+  EXPECT_GT(all["prefill_tokens_per_s"], 0);
+
+  const Outcome plain = run_parallax(
+      words({"--prompt", "line 1", "--prompt", "line 1", "--prompt", prompts[2], "--batch", "2"}));
+  EXPECT_EQ(plain.exit_code, 0) << plain.err;
+  EXPECT_THAT(plain.out, AllOf(testing::StartsWith("==> 1, seed 0 <==\nline 1"),
+                               HasSubstr("\n\n==> 2, seed 1 <==\nline 1"),
+                               HasSubstr("\n\n==> 3, seed 2 <==\n" + prompts[2])));
+  EXPECT_THAT(plain.err, AllOf(HasSubstr("3 texts"), HasSubstr("tokens/s")));
+}
+
 TEST_F(Run, InspectHasAllHeads) {
   const json heads =
       json_of({"inspect", at("parallax"), "--text", "line 3 of some text", "--json"});
@@ -212,6 +242,10 @@ TEST_F(Run, MissingAndDamagedFilesAreNamed) {
 
   expect_failure({"eval", at("nowhere")}, HasSubstr("nowhere"));
   expect_failure({"generate", at("data"), "--prompt", "a"}, HasSubstr("data"));
+  expect_failure({"generate", at("parallax"), "--prompts", at("none.txt")}, HasSubstr("none.txt"));
+  expect_failure({"generate", at("parallax"), "--prompts", at("data")}, HasSubstr("data"));
+  expect_failure({"generate", at("parallax"), "--prompts", at("empty.txt")},
+                 HasSubstr("no prompts"));
   expect_failure({"report", at("data")}, HasSubstr("data"));
   expect_failure({"eval", at("parallax"), "--data", at("nowhere")}, HasSubstr("nowhere"));
   expect_failure({"eval", at("parallax"), "--device", "tpu"}, HasSubstr("tpu"));

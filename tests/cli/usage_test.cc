@@ -59,6 +59,9 @@ TEST(Usage, WhatIsWrongIsNamed) {
   expect_usage_error({"generate", "run", "--max-new-tokens", "many"}, "many");
   expect_usage_error({"generate", "run", "--temperature", "-1"}, "--temperature");
   expect_usage_error({"generate", "run", "--top-p", "1.5"}, "--top-p");
+  expect_usage_error({"generate", "run", "--batch", "0"}, "--batch");
+  expect_usage_error({"generate", "run", "--samples", "0"}, "--samples");
+  expect_usage_error({"generate", "run", "--prompt", "a", "--prompts", "b"}, "--prompt");
   expect_usage_error({"report"}, "runs");
   expect_usage_error({"inspect", "run"}, "--text");
   expect_usage_error({"tokenize", "text"}, "--out");

@@ -121,7 +121,7 @@ TEST_P(Generate, CachedLogitsEqualThoseOfTheWholeText) {
   CausalLm model(small_config(GetParam()), 5);
   const at::Tensor tokens = at::arange(33, at::kLong).unsqueeze(0) * 5 % 256;
   const at::Tensor whole = model.logits(model.hidden(tokens));  // [1, 33, vocab_size]
-  KvCache cache = model.make_cache(1, 33);
+  KvCache cache = model.make_cache({.batch = 1, .max_len = 33, .page_size = 8});
   std::int64_t seen = 0;
   for (const std::int64_t len : {7, 1, 1, 20, 1, 1, 1, 1}) {
     const at::Tensor last = model.forward_cached(tokens.slice(1, seen, seen + len), cache);
@@ -144,13 +144,58 @@ TEST_P(Generate, StreamsTheWholeTextInValidPieces) {
   std::string streamed;
   GenerateOptions options;
   options.max_new_tokens = 120;
-  const Generation result = write(options, [&](std::string_view piece) {
+  const Generation result = write(options, [&](std::size_t, std::string_view piece) {
     EXPECT_EQ(to_utf8(piece), piece);
     streamed += piece;
   });
   EXPECT_EQ(streamed, result.text);
   EXPECT_EQ(result.text, to_utf8(bytes_tokenizer()->decode(result.tokens)));
   EXPECT_TRUE(result.ended || result.tokens.size() == 120u);
+}
+
+// Twenty texts of different lengths, some of which end early, some of whose prompts are equal.
+TEST_P(Generate, ManyAtOnceAreThoseWrittenAlone) {
+  CausalLm model(small_config(GetParam()), 5);
+  const auto tokenizer = bytes_tokenizer();
+  std::vector<std::string> prompts;
+  for (int i = 0; i < 20; ++i) {
+    prompts.push_back(i % 5 == 4 ? prompts.back() : std::string(1 + i * 7 % 40, 'a' + i));
+  }
+  GenerateOptions options;
+  options.max_new_tokens = 90;
+  options.page_size = 8;
+  options.sampling.seed = 3;
+  std::vector<Generation> alone;
+  for (std::size_t i = 0; i < prompts.size(); ++i) {
+    GenerateOptions own = options;
+    own.sampling.seed += i;
+    alone.push_back(generate(model, *tokenizer, prompts[i], own));
+  }
+  int ended = 0;
+  for (const std::int64_t max_batch : {1, 3, 7, 64}) {
+    options.max_batch = max_batch;
+    std::vector<int> done(prompts.size());
+    std::vector<std::string> streamed(prompts.size());
+    const Generations all = generate(
+        model, *tokenizer, prompts, options,
+        [&](std::size_t index, std::string_view piece) { streamed[index] += piece; },
+        [&](std::size_t index, const Generation&) { ++done[index]; });
+    ASSERT_EQ(all.texts.size(), prompts.size());
+    std::int64_t decoded = 0;
+    for (std::size_t i = 0; i < prompts.size(); ++i) {
+      EXPECT_EQ(all.texts[i].tokens, alone[i].tokens) << i << " of " << max_batch << " at once";
+      EXPECT_EQ(all.texts[i].ended, alone[i].ended);
+      EXPECT_EQ(all.texts[i].prompt_tokens, std::ssize(prompts[i]));
+      EXPECT_EQ(all.texts[i].seed, 3 + i);
+      EXPECT_EQ(streamed[i], all.texts[i].text);
+      EXPECT_EQ(done[i], 1);
+      ended += all.texts[i].ended;
+      decoded += std::ssize(alone[i].tokens) - (alone[i].ended ? 0 : 1);
+    }
+    EXPECT_EQ(all.times.decode_tokens, decoded);
+  }
+  EXPECT_GT(ended, 0);
+  EXPECT_LT(ended, 80);
 }
 
 INSTANTIATE_TEST_SUITE_P(BothMixers, Generate, testing::Values("parallax", "softmax"));
@@ -162,11 +207,15 @@ TEST(GenerateOnce, AnEmptyPromptStartsADocument) {
   EXPECT_EQ(generate(model, *bytes_tokenizer(), "", options).prompt_tokens, 1);
 }
 
-TEST(GenerateOnce, RefusesToWriteNothing) {
+TEST(GenerateOnce, RefusesOptionsOutOfRange) {
   CausalLm model(small_config("parallax"), 5);
   GenerateOptions options;
   options.max_new_tokens = 0;
   EXPECT_THROW(generate(model, *bytes_tokenizer(), "a", options), Error);
+  options = {};
+  options.max_batch = 0;
+  EXPECT_THROW(generate(model, *bytes_tokenizer(), "a", options), Error);
+  EXPECT_TRUE(generate(model, *bytes_tokenizer(), std::vector<std::string>{}, {}).texts.empty());
 }
 
 }  // namespace
