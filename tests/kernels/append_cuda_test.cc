@@ -14,7 +14,7 @@ namespace {
 class AppendCuda : public testing::Test {
  protected:
   void SetUp() override {
-    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
+    if (!has_gpu_for(Kernels::kPortable)) GTEST_SKIP() << "needs a GPU";
   }
 };
 

@@ -19,7 +19,7 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 class StateCuda : public testing::Test {
  protected:
   void SetUp() override {
-    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
+    if (!has_gpu_for(Kernels::kPortable)) GTEST_SKIP() << "needs a GPU";
   }
 };
 

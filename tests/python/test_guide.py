@@ -47,13 +47,25 @@ def test_configs_and_links_exist():
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"\]\(([^):]+)\)", GUIDE):
         assert (ROOT / "docs" / name).is_file(), name
-    for name in re.findall(r"`((?:kernels|ops|lm)/[\w/.]+)`", GUIDE):
+    for name in re.findall(r"`((?:kernels|ops|lm|examples)/[\w/.]+)`", GUIDE):
         assert (ROOT / name).exists(), name
 
 
 def test_python_runs():
     code = next(block for block in blocks("python") if "parallax_cpp" in block)
     subprocess.run([str(ROOT / ".venv" / "bin" / "python"), "-c", code], cwd=ROOT, check=True)
+
+
+def test_cpp_excerpts_are_the_example():
+    """What the guide shows of examples/decode stands there, line by line in this order."""
+    def lines(text):
+        return "\n".join(line.strip() for line in text.splitlines())
+
+    example = lines((ROOT / "examples" / "decode" / "decode.cc").read_text())
+    excerpts = blocks("cpp")[1:]
+    assert len(excerpts) >= 3
+    for excerpt in excerpts:
+        assert lines(excerpt).strip() in example, excerpt
 
 
 def test_cpp_compiles(tmp_path):
