@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 packages=(g++ git make ccache clang-format-14
           python3 python3-venv python3-dev
-          pkg-config libgtest-dev libgmock-dev libbenchmark-dev
+          libgtest-dev libgmock-dev libbenchmark-dev
           libcli11-dev libtomlplusplus-dev nlohmann-json3-dev libpcre2-dev libutf8proc-dev)
 
 # fail STEP WHAT-TO-DO: the one line a user needs.
