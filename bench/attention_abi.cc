@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT
 // The CUDA calls behind a C interface, so that a Python process can time them beside other
-// libraries' kernels through ctypes (bench_attention.py). Not a public interface.
+// libraries' kernels through ctypes (bench_attention.py, bench_decode.py). Not a public interface.
 #include <cstdio>
 #include <cstring>
 
@@ -109,5 +109,89 @@ __attribute__((visibility("default"))) int parallax_backward(ParallaxCall* call,
   args.dk = view_of<parallax::View>(call->dk);
   args.dv = view_of<parallax::View>(call->dv);
   return plan_and_run<parallax::BackwardPlan>(call, args, stream);
+}
+}
+
+extern "C" {
+
+// A decode. kv_len: capacity. With a schedule, parallax_decode_schedule() has filled it before.
+struct ParallaxDecode {
+  std::int64_t batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim, window;
+  std::int64_t max_pages, num_pages, page_size;
+  double scale;
+  std::int32_t fp16, fp8, device;
+  Tensor q, r, k_cache, v_cache, o;
+  const float* k_scale;
+  const float* v_scale;
+  const std::int32_t* kv_lens;
+  const std::int32_t* page_table;
+  void* schedule;
+  void* workspace;  // null: only the two sizes are written
+  std::int64_t workspace_bytes, schedule_bytes;
+  char message[256];
+};
+}
+
+namespace {
+
+// The plan of a call; false with a message.
+bool plan_decode(ParallaxDecode* call, parallax::DecodePlan* plan) {
+  parallax::AttentionProblem problem;
+  problem.dtype = call->fp16 ? parallax::DType::kFloat16 : parallax::DType::kBFloat16;
+  if (call->fp8) problem.kv_dtype = parallax::DType::kFloat8E4M3;
+  problem.batch = call->batch;
+  problem.q_len = call->q_len;
+  problem.kv_len = call->kv_len;
+  problem.num_q_heads = call->num_q_heads;
+  problem.num_kv_heads = call->num_kv_heads;
+  problem.head_dim = call->head_dim;
+  problem.scale = call->scale;
+  problem.window = call->window;
+  parallax::Device device;
+  parallax::Status status = parallax::query_device(call->device, &device);
+  if (status.ok()) status = parallax::plan(problem, device, plan);
+  if (status.ok()) return true;
+  std::snprintf(call->message, sizeof(call->message), "%s", status.message().c_str());
+  return false;
+}
+
+int finish(ParallaxDecode* call, const parallax::Status& status) {
+  if (status.ok()) return 0;
+  std::snprintf(call->message, sizeof(call->message), "%s", status.message().c_str());
+  return 1;
+}
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int parallax_decode(ParallaxDecode* call, void* stream) {
+  parallax::DecodePlan plan;
+  if (!plan_decode(call, &plan)) return 1;
+  call->workspace_bytes = static_cast<std::int64_t>(workspace_bytes(plan));
+  call->schedule_bytes = static_cast<std::int64_t>(schedule_bytes(plan));
+  if (call->workspace == nullptr) return 0;
+  parallax::DecodeArgs args;
+  args.q = view_of<parallax::ConstView>(call->q);
+  args.r = view_of<parallax::ConstView>(call->r);
+  args.k_cache = view_of<parallax::ConstView>(call->k_cache);
+  args.v_cache = view_of<parallax::ConstView>(call->v_cache);
+  args.o = view_of<parallax::View>(call->o);
+  args.k_scale = call->k_scale;
+  args.v_scale = call->v_scale;
+  args.sequences.kv_lens = call->kv_lens;
+  args.pages = {call->page_table, call->max_pages, call->num_pages,
+                static_cast<int>(call->page_size)};
+  args.schedule = call->schedule;
+  return finish(call, run(plan, args, call->workspace, stream));
+}
+
+__attribute__((visibility("default"))) int parallax_decode_schedule(ParallaxDecode* call,
+                                                                    void* stream) {
+  parallax::DecodePlan plan;
+  if (!plan_decode(call, &plan)) return 1;
+  parallax::Sequences sequences;
+  sequences.kv_lens = call->kv_lens;
+  return finish(call, schedule(plan, sequences, call->schedule, stream));
 }
 }

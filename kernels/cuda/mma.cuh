@@ -21,6 +21,23 @@ __device__ __forceinline__ void copy_or_clear(std::uint32_t destination, const v
                : "memory");
 }
 
+// The same of `bytes` of the 16; zeros for the rest.
+__device__ __forceinline__ void copy_async(std::uint32_t destination, const void* source,
+                                           int bytes) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination),
+               "l"(source), "r"(bytes)
+               : "memory");
+}
+
+// Copies of a thread since the last call are a group; waits for all but its kOpen youngest groups.
+__device__ __forceinline__ void close_copy_group() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kOpen>
+__device__ __forceinline__ void wait_copy_groups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kOpen) : "memory");
+}
+
 // Waits for all copies of this thread.
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -40,6 +57,16 @@ __device__ __forceinline__ void multiply(float* sums, const std::uint32_t (&a)[4
         : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   }
+}
+
+// Four e4m3 numbers as two words of two fp16 numbers each, exactly.
+__device__ __forceinline__ uint2 widen(std::uint32_t word) {
+  uint2 wide;
+  asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\t"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n\tcvt.rn.f16x2.e4m3x2 %1, high;\n\t}"
+      : "=r"(wide.x), "=r"(wide.y)
+      : "r"(word));
+  return wide;
 }
 
 // Rows of kHeadDim elements in shared memory, aligned to 1024 bytes. The 16-byte chunks of a row

@@ -92,9 +92,9 @@ class Tensor {
   template <class F>
   void for_each(const F& f) const;
 
-  std::int64_t head_stride() const { return head_dim + 8; }
+  std::int64_t head_stride() const { return (head_dim / 16 + 1) * 16; }
   std::int64_t len_stride() const { return heads * head_stride() + 16; }
-  std::int64_t batch_stride() const { return len * len_stride() + 24; }
+  std::int64_t batch_stride() const { return len * len_stride() + 32; }
 
   std::vector<unsigned char> bytes_;
 };

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: MIT
+// The Hopper decode: a few queries over a long cache, at the speed of memory (docs/kernels.md).
+//
+// A CTA walks its span of the schedule item by item. Each warp streams its own keys through its own
+// ring in shared memory (decode_keys.cuh), or a team of warps with rows of their own shares a ring;
+// nothing in that loop waits for the whole CTA. Then the warps' states become one
+// (decode_results.cuh).
+#pragma once
+
+#include "cuda/decode_keys.cuh"
+#include "cuda/decode_results.cuh"
+#include "cuda/early_launch.cuh"
+#include "cuda/launch.h"
+
+namespace parallax {
+
+template <class T, class Cache, int kHeadDim, int kRowTiles>
+struct DecodeCta {
+  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles>;
+  static constexpr bool kIsFp8 = Shared::kIsFp8;
+
+  const DecodeParams& params;
+  Shared& shared;
+  int span;
+
+  // One thread.
+  __device__ __forceinline__ void begin() const {
+    const DecodeSpan begun = params.schedule.spans[span];
+    const RowMask mask = row_mask({static_cast<int>(params.problem.q_len), begun.kv_begin,
+                                   begun.kv_end, params.problem.causal, params.problem.window});
+    shared.walk = {begun, begun.sequence, begun.unit, begun.block, begun.num_blocks, mask};
+  }
+
+  // One thread: the item at shared.walk (no blocks: there is none), and the walk to the next.
+  __device__ __forceinline__ void next_item() const {
+    DecodeWalk& walk = shared.walk;
+    DecodeItem& item = shared.item;
+    item.num_blocks = 0;
+    if (walk.left == 0) return;
+    constexpr int kBlockKeys = decode_block_keys(sizeof(Cache));
+    const DecodeBlocks blocks =
+        decode_blocks(walk.mask, static_cast<int>(params.problem.q_len), kBlockKeys);
+    const int lane_of_unit = static_cast<int>(blockIdx.x) % params.width;
+    const int pair = walk.unit * params.width + lane_of_unit;
+    const int rows = Shared::kWarpRows * params.team;
+    item.sequence = walk.sequence;
+    item.kv_head = params.passes == 1 ? pair : pair / params.passes;
+    if constexpr (kIsFp8) {
+      item.t_factor = __ldg(params.k_scale + item.kv_head);
+      item.s_factor = params.scale_log2 * item.t_factor;
+      item.v_factor = __ldg(params.v_scale + item.kv_head);
+    }
+    item.first_row = (pair - item.kv_head * params.passes) * rows;
+    item.rows = min(rows, params.rows - item.first_row);
+    item.mask = walk.mask;
+    item.keys = blocks.keys;
+    const DecodePlace first = place_of(params, item.first_row);
+    const DecodePlace last = place_of(params, item.first_row + item.rows - 1);
+    item.interior = {walk.mask.keys(last.token).begin, walk.mask.keys(first.token).end};
+    item.first_key = (blocks.first + walk.block) * kBlockKeys;
+    item.num_blocks = min(walk.left, blocks.count - walk.block);
+    const bool begins = walk.block == 0;
+    const bool ends = walk.block + item.num_blocks == blocks.count;
+    item.is_whole = begins && ends;
+    item.slot = walk.left == walk.span.num_blocks ? 0 : 1;
+    item.first_slot = begins ? 2 * span + item.slot : walk.span.first_slot;
+    item.num_parts = (ends ? span : walk.span.last_span) - item.first_slot / 2 + 1;
+
+    walk.left -= item.num_blocks;
+    walk.block = 0;
+    if (walk.left == 0 || ++walk.unit < params.units) return;
+    walk.unit = 0;
+    ++walk.sequence;
+    walk.mask = row_mask(sequence_at(params.problem, params.sequences, walk.sequence).mask);
+  }
+
+  __device__ __forceinline__ void run() const {
+    const int warp = ptx::uniform(threadIdx.x / 32);
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    DecodeKeys<T, Cache, kHeadDim, kRowTiles> keys{
+        params, shared, warp, lane, warp % params.team, warp / params.team};
+    if (threadIdx.x == 0) begin();
+#pragma unroll 1
+    while (true) {
+      if (threadIdx.x == 0) next_item();
+      __syncthreads();
+      const DecodeItem& item = shared.item;
+      if (item.num_blocks == 0) return;
+      keys.stream(item);
+      keys.publish(item.rows);
+      DecodeResults<T, Cache, kHeadDim, kRowTiles>{params, shared, span, warp, lane}.finish(item);
+      __syncthreads();
+    }
+  }
+};
+
+template <class T, class Cache, int kHeadDim, int kRowTiles>
+__global__ void __launch_bounds__(32 * kDecodeWarps, decode_ctas_per_sm(kHeadDim))
+    decode_kernel(const __grid_constant__ DecodeParams params) {
+  extern __shared__ __align__(1024) std::uint8_t shared_memory[];
+  auto& shared = *reinterpret_cast<DecodeShared<T, Cache, kHeadDim, kRowTiles>*>(shared_memory);
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+  DecodeCta<T, Cache, kHeadDim, kRowTiles>{params, shared,
+                                           static_cast<int>(blockIdx.x) / params.width}
+      .run();
+}
+
+template <class T, class Cache, int kHeadDim, int kRowTiles>
+Status launch_decode_tiles(const DecodeParams& params, int blocks, cudaStream_t stream) {
+  constexpr int kSharedBytes = sizeof(DecodeShared<T, Cache, kHeadDim, kRowTiles>);
+  static_assert(decode_ctas_per_sm(kHeadDim) * (kSharedBytes + 1024) <= 228 * 1024);
+  const auto kernel = decode_kernel<T, Cache, kHeadDim, kRowTiles>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
+  if (Status s = check_cuda(error, "decode: cudaFuncSetAttribute"); !s.ok()) return s;
+  return check_cuda(launch_early(kernel, blocks, 32 * kDecodeWarps, kSharedBytes, stream, params),
+                    "decode: launch");
+}
+
+template <class T, class Cache, int kHeadDim>
+Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
+                     cudaStream_t stream) {
+  if constexpr (decode_row_tiles(kHeadDim, sizeof(Cache)) == 2) {
+    if (shape.row_tiles == 2) {
+      return launch_decode_tiles<T, Cache, kHeadDim, 2>(params, blocks, stream);
+    }
+  }
+  return launch_decode_tiles<T, Cache, kHeadDim, 1>(params, blocks, stream);
+}
+
+}  // namespace parallax
+
+#define PARALLAX_DECODE_INSTANCE(type, cache, head_dim)                                       \
+  namespace parallax {                                                                        \
+  template Status launch_decode<type, cache, head_dim>(const DecodeParams&, DecodeShape, int, \
+                                                       cudaStream_t);                         \
+  }
+#define PARALLAX_INSTANCE(type, head_dim) PARALLAX_DECODE_INSTANCE(type, type, head_dim)

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: MIT
+// The Hopper decode between its host half (decode_plan.cc), its schedule (decode_schedule.cu) and
+// its device half (decode.cuh). docs/kernels.md has the why and the measurements.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cuda/decode_schedule.h"
+#include "parallax/attention.h"
+
+namespace parallax {
+
+// The schedule in memory.
+struct DecodeSchedule {
+  int* counters = nullptr;  // [num_spans * width]: parts of a split item that are done; zero
+  DecodeSpan* spans = nullptr;
+  int* first_block = nullptr;  // [batch + 1], in blocks of one unit
+};
+
+struct DecodeParams {
+  AttentionProblem problem;
+  Sequences sequences;
+  ConstView q, r, k, v;
+  const float* k_scale = nullptr;  // of an FP8 cache
+  const float* v_scale = nullptr;
+  const std::int32_t* page_table = nullptr;  // null: sequence b is page b
+  std::int64_t max_pages = 0;
+  int num_pages = 0;
+  int page_shift = 0;  // key j is row j & page_mask of page j >> page_shift of the table
+  int page_mask = 0;
+  View o;
+  float* lse = nullptr;
+  float* t_bar = nullptr;
+  StateView state;
+  DecodeSchedule schedule;
+  float* partials = nullptr;  // [num_spans * width, 2, rows, 2 head_dim + 4]
+  float scale_log2 = 0;       // scale * log2(e)
+  int group = 1;
+  int rows = 1;    // group * q_len
+  int passes = 1;  // over them
+  int width = 1;
+  int units = 1;
+  int team = 1;
+  int ways = 1;  // kDecodeWarps / team
+};
+
+// Enqueues the kernel of one instance (instances.txt). Cache: T or e4m3.
+template <class T, class Cache, int kHeadDim>
+Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
+                     cudaStream_t stream);
+
+// Cuts the line of blocks of block_keys keys into at most `max_spans` spans and clears the
+// counters.
+Status launch_decode_schedule(const AttentionProblem& problem, const Sequences& sequences,
+                              int block_keys, int max_spans, int width, int units,
+                              const DecodeSchedule& schedule, cudaStream_t stream);
+
+}  // namespace parallax

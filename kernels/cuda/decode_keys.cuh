@@ -1,0 +1,424 @@
+// SPDX-License-Identifier: MIT
+// The Hopper decode, first half: a warp streams its keys and gathers the states of its rows.
+//
+// In a 16-row tensor-core tile, row g is a query's q and row g + 8 its r (g < 8), so that one
+// product with K^T leaves a query's logits s and probes t in the same thread; p = exp(s - m) and
+// w = p (t - c) are made in place, are the operand of the product with V, and its sums hold o1 in
+// row g and o2 in row g + 8.
+//
+// Rows of K and V are copied one by one, at an address of their own: contiguous and paged caches
+// are the same to this kernel, and what no query sees is never read but zero.
+#pragma once
+
+#include <cassert>
+#include <type_traits>
+
+#include "cuda/decode_state.cuh"
+#include "cuda/mma.cuh"
+
+namespace parallax {
+
+template <class T, class Cache, int kHeadDim, int kRowTiles>
+struct DecodeKeys {
+  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles>;
+  static constexpr bool kIsFp8 = Shared::kIsFp8;
+  // What the tensor cores multiply: fp16 holds every e4m3 number.
+  using Operand = std::conditional_t<kIsFp8, fp16, T>;
+  static constexpr int kKeys = Shared::kKeys;
+  static constexpr int kStepKeys = 16;  // of a product
+  static constexpr int kRowBytes = Shared::kRowBytes;
+  static constexpr int kStages = Shared::kStages;
+  static constexpr int kChunks = kRowBytes / 16;        // of a row, one a copy
+  static constexpr int kRowsPerCopy = 32 / kChunks;     // by one instruction of the warp
+  static constexpr int kCopies = kKeys / kRowsPerCopy;  // instructions for K, and for V
+  static constexpr int kUnroll = kRowTiles * kHeadDim <= 128 ? kCopies : 1;  // registers
+  // How far (in powers of two) a row may outgrow its m before o is rescaled, as in the forward.
+  static constexpr float kSlack = std::is_same_v<Operand, bf16> ? 8.0f : 3.0f;
+
+  const DecodeParams& params;
+  Shared& shared;
+  int warp;
+  int lane;
+  int member;  // which of the team's row tiles are this warp's
+  int way;     // which keys are the team's
+
+  std::uint32_t a[kRowTiles][kHeadDim / 16][4];  // q and r
+  float o[kRowTiles][kHeadDim / 8][4];           // o1 and o2
+  DecodeRow row[kRowTiles];
+  int next_page;
+
+  __device__ __forceinline__ void sync_team() const {
+    if (params.team == 1) {
+      __syncwarp();
+    } else {
+      ptx::named_sync(1 + way, 32 * params.team);
+    }
+  }
+
+  // -- copies
+
+  // Chunk `chunk` of row `row` of a slice lies at chunk ^ swizzle(row): eight rows' chunks of one
+  // place lie in different banks. Rows may be split into sums of different powers of two.
+  static __device__ __forceinline__ constexpr int swizzle(int row) {
+    return row * kRowBytes / 128 & (kChunks < 8 ? kChunks - 1 : 7);
+  }
+
+  __device__ __forceinline__ std::uint32_t slice_address(int stage) const {
+    return ptx::shared_address(shared.ring[warp - member]) + stage * (2 * Shared::kSliceBytes);
+  }
+
+  // The page of key `first + lane % 16` (contiguous caches: the sequence), negative where the key
+  // is not to be read.
+  __device__ __forceinline__ int page_of(const DecodeItem& item, int first) const {
+    const int key = first + lane % kKeys;
+    if (key < item.keys.begin || key >= item.keys.end) return -1;
+    if (params.page_table == nullptr) return item.sequence;
+    const int page =
+        __ldg(params.page_table + item.sequence * params.max_pages + (key >> params.page_shift));
+    const bool exists = page >= 0 && page < params.num_pages;
+    assert(exists && "page_table: an entry of a visible token is no page");
+    return exists ? page : -1;
+  }
+
+  __device__ __forceinline__ void load_slice(const DecodeItem& item, int stage, int key,
+                                             int next_key) {
+    const int page = next_page;
+    next_page = page_of(item, next_key);
+    constexpr int kElements = 16 / sizeof(Cache);  // of a copy
+    const int chunk = lane % kChunks;
+    const int lane_row = lane / kChunks;
+    const int head_dim = static_cast<int>(params.problem.head_dim);
+    const int bytes =
+        min(max(head_dim - chunk * kElements, 0), kElements) * static_cast<int>(sizeof(Cache));
+    const auto* k = static_cast<const Cache*>(params.k.data) + item.kv_head * params.k.head_stride +
+                    chunk * kElements;
+    const auto* v = static_cast<const Cache*>(params.v.data) + item.kv_head * params.v.head_stride +
+                    chunk * kElements;
+    const std::uint32_t base =
+        slice_address(stage) + lane_row * kRowBytes + ((chunk ^ swizzle(lane_row)) << 4);
+#pragma unroll kUnroll
+    for (int i = 0; i < kCopies; ++i) {
+      const int first = i * kRowsPerCopy;
+      const int row_page = __shfl_sync(0xffffffffu, page, first + lane_row);
+      if ((i & (params.team - 1)) != member) continue;
+      const int slot = (key + first + lane_row) & params.page_mask;
+      const int copied = row_page >= 0 ? bytes : 0;
+      const std::int64_t page_row = copied > 0 ? row_page : 0;
+      const std::uint32_t to = (base + first * kRowBytes) ^ (swizzle(first) << 4);
+      mma::copy_async(to, k + page_row * params.k.batch_stride + slot * params.k.len_stride,
+                      copied);
+      mma::copy_async(to + Shared::kSliceBytes,
+                      v + page_row * params.v.batch_stride + slot * params.v.len_stride, copied);
+    }
+  }
+
+  // -- rows
+
+  __device__ __forceinline__ int row_of(int tile) const {
+    return (member * kRowTiles + tile) * 8 + lane / 4;
+  }
+
+  // NaN stays NaN.
+  static __device__ __forceinline__ float bounded(float x) {
+    constexpr float kLargest = 65504.0f;
+    return x > kLargest ? kLargest : x < -kLargest ? -kLargest : x;
+  }
+
+  // A word of q or r as an operand.
+  static __device__ __forceinline__ std::uint32_t operand(std::uint32_t word) {
+    if constexpr (std::is_same_v<Operand, T>) {
+      return word;
+    } else {
+      const float2 x = ptx::unpack<T>(word);
+      return ptx::pack<Operand>(bounded(x.x), bounded(x.y));
+    }
+  }
+
+  // q (place 0) or r (place 1) of this thread's row of a tile; null: zeros. The k-th 16 columns of
+  // a product are any 16 of head_dim, as long as both operands agree: an FP8 cache's fragments hold
+  // four neighbours where 16-bit ones hold two and two.
+  __device__ __forceinline__ void load_row(const T* from, int tile, int place) {
+    constexpr int kNeighbours = kIsFp8 ? 4 : 2;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / (4 * kNeighbours); ++i) {
+      const int column = kNeighbours * (4 * i + lane % 4);
+      const bool there = from != nullptr && column < params.problem.head_dim;
+      if constexpr (kIsFp8) {
+        const uint2 words =
+            there ? __ldg(reinterpret_cast<const uint2*>(from + column)) : make_uint2(0, 0);
+        a[tile][i][place] = operand(words.x);
+        a[tile][i][2 + place] = operand(words.y);
+      } else {
+        a[tile][i / 2][2 * (i % 2) + place] =
+            there ? __ldg(reinterpret_cast<const unsigned*>(from + column)) : 0u;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load_rows(const DecodeItem& item) {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      const bool exists = row_of(tile) < item.rows;
+      const int index = item.first_row + (exists ? row_of(tile) : 0);
+      const DecodePlace place = place_of(params, index);
+      const std::int64_t token = place.token;
+      const std::int64_t head = item.kv_head * params.group + place.of_group;
+      const auto row_in = [&](const ConstView& view) {
+        return static_cast<const T*>(view.data) + item.sequence * view.batch_stride +
+               token * view.len_stride + head * view.head_stride;
+      };
+      const T* q = row_in(params.q);
+      const T* r = row_in(params.r);
+      load_row(exists ? q : nullptr, tile, 0);
+      load_row(exists ? r : nullptr, tile, 1);
+      row[tile] = DecodeRow{};
+      if (lane % 4 == 0) {
+        shared.seen[warp][8 * tile + lane / 4] = exists ? item.mask.keys(place.token) : Range{0, 0};
+      }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) o[tile][i][j] = 0.0f;
+      }
+    }
+  }
+
+  // -- one step: 16 keys
+
+  // s[n]: keys 8 n + 2 t + e of the step; logits in [e], probes in [2 + e]. `rows`: where the
+  // step's K rows begin.
+  __device__ __forceinline__ void multiply_keys(std::uint32_t rows, float (&s)[kRowTiles][2][4]) {
+    const int r = lane % 8;
+    const std::uint32_t base =
+        rows + ((lane >> 4) * 8 + r) * kRowBytes + (((lane >> 3 & 1) ^ swizzle(r)) << 4);
+#pragma unroll
+    for (int k = 0; k < kChunks / 2; ++k) {
+      std::uint32_t b[4];
+      ptx::load_matrices(b, base ^ (k << 5));
+      if constexpr (kIsFp8) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint2 low = mma::widen(b[j]);
+          const uint2 high = mma::widen(b[2 + j]);
+#pragma unroll
+          for (int tile = 0; tile < kRowTiles; ++tile) {
+            mma::multiply<Operand>(s[tile][0], a[tile][2 * k + j], low.x, low.y);
+            mma::multiply<Operand>(s[tile][1], a[tile][2 * k + j], high.x, high.y);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          mma::multiply<Operand>(s[tile][0], a[tile][k], b[0], b[1]);
+          mma::multiply<Operand>(s[tile][1], a[tile][k], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // `rows`: where the step's V rows begin. Of an FP8 cache a transposed word holds two neighbouring
+  // columns of two keys; o[2 i] then has the even columns of the i-th 16, o[2 i + 1] the odd ones.
+  __device__ __forceinline__ void multiply_values(std::uint32_t rows,
+                                                  const std::uint32_t (&p)[kRowTiles][4]) {
+    const int r = lane % 8;
+    const std::uint32_t base =
+        rows + ((lane >> 3 & 1) * 8 + r) * kRowBytes + (((lane >> 4) ^ swizzle(r)) << 4);
+#pragma unroll
+    for (int n = 0; n < kChunks / 2; ++n) {
+      std::uint32_t b[4];
+      ptx::load_matrices_transposed(b, base ^ (n << 5));
+      if constexpr (kIsFp8) {
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          const uint2 low = mma::widen(__byte_perm(b[2 * j], 0, 0x3120));
+          const uint2 high = mma::widen(__byte_perm(b[2 * j + 1], 0, 0x3120));
+#pragma unroll
+          for (int tile = 0; tile < kRowTiles; ++tile) {
+            mma::multiply<Operand>(o[tile][4 * n + 2 * j], p[tile], low.x, high.x);
+            mma::multiply<Operand>(o[tile][4 * n + 2 * j + 1], p[tile], low.y, high.y);
+          }
+        }
+      } else {
+#pragma unroll
+        for (int tile = 0; tile < kRowTiles; ++tile) {
+          mma::multiply<Operand>(o[tile][2 * n], p[tile], b[0], b[1]);
+          mma::multiply<Operand>(o[tile][2 * n + 1], p[tile], b[2], b[3]);
+        }
+      }
+    }
+  }
+
+  // Raises m of the rows that outgrew it; sets the centre of a row that meets its first keys to
+  // their mean. `top` is the thread's largest logit of the row.
+  __device__ __forceinline__ void raise(int tile, float top, const float (&s)[2][4]) {
+    DecodeRow& state = row[tile];
+    const float raised = fmaxf(state.m, quad_max(top));
+    if (__any_sync(0xffffffffu, state.m == kNoMaximum)) {
+      float sum = 0.0f;
+      float count = 0.0f;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const bool is_seen = s[i / 2][i % 2] > kNoMaximum;
+        sum += is_seen ? s[i / 2][2 + i % 2] : 0.0f;
+        count += is_seen ? 1.0f : 0.0f;
+      }
+      sum = quad_sum(sum);
+      count = quad_sum(count);
+      if (state.m == kNoMaximum && count > 0.0f) state.c = sum / count;
+    }
+    const float factor = ptx::exp2(state.m - raised);
+    state.m = raised;
+    state.d1 *= factor;
+    state.d2 *= factor;
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) o[tile][i][j] *= factor;
+    }
+  }
+
+  // Logits and probes of the keys outside of `seen`.
+  __device__ __forceinline__ void hide(const Range& seen, int key, float (&s)[2][4]) const {
+    const Range range = seen;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int at = key + 8 * (i / 2) + 2 * (lane % 4) + i % 2;
+      const bool is_seen = at >= range.begin && at < range.end;
+      s[i / 2][i % 2] = is_seen ? s[i / 2][i % 2] : -INFINITY;
+      s[i / 2][2 + i % 2] = is_seen ? s[i / 2][2 + i % 2] : 0.0f;
+    }
+  }
+
+  __device__ __forceinline__ void compute_step(const DecodeItem& item, std::uint32_t rows,
+                                               int key) {
+    float s[kRowTiles][2][4] = {};
+    multiply_keys(rows, s);
+    const bool interior = key >= item.interior.begin && key + kStepKeys <= item.interior.end;
+    const float s_factor = kIsFp8 ? item.s_factor : params.scale_log2;
+    std::uint32_t p[kRowTiles][4];
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      float top = kNoMaximum;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s[tile][i / 2][i % 2] *= s_factor;
+        if constexpr (kIsFp8) s[tile][i / 2][2 + i % 2] *= item.t_factor;
+      }
+      if (!interior) hide(shared.seen[warp][8 * tile + lane / 4], key, s[tile]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) top = fmaxf(top, s[tile][i / 2][i % 2]);
+      DecodeRow& state = row[tile];
+      if (__any_sync(0xffffffffu, top > state.m + kSlack)) raise(tile, top, s[tile]);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        float(&x)[4] = s[tile][n];
+        x[0] = ptx::exp2(x[0] - state.m);
+        x[1] = ptx::exp2(x[1] - state.m);
+        x[2] = x[0] * (x[2] - state.c);
+        x[3] = x[1] * (x[3] - state.c);
+        state.d1 += x[0] + x[1];
+        state.d2 += x[2] + x[3];
+        p[tile][2 * n] = ptx::pack<Operand>(x[0], x[1]);
+        p[tile][2 * n + 1] = ptx::pack<Operand>(x[2], x[3]);
+      }
+    }
+    multiply_values(rows + Shared::kSliceBytes, p);
+  }
+
+  __device__ __forceinline__ void compute_slice(const DecodeItem& item, int stage, int key) {
+#pragma unroll kUnroll
+    for (int step = 0; step < kKeys; step += kStepKeys) {
+      compute_step(item, slice_address(stage) + step * kRowBytes, key + step);
+    }
+  }
+
+  // -- the keys of an item
+
+  __device__ __forceinline__ void stream(const DecodeItem& item) {
+    const int step = params.ways * kKeys;
+    const int count = item.num_blocks * params.team;
+    const int key = item.first_key + way * kKeys;
+    next_page = page_of(item, key);
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < count) load_slice(item, i, key + i * step, key + (i + 1) * step);
+      mma::close_copy_group();
+    }
+    load_rows(item);
+    int to = kStages - 1;
+    int from = 0;
+#pragma unroll 1
+    for (int n = 0; n < count; ++n) {
+      mma::wait_copy_groups<kStages - 2>();
+      sync_team();
+      const int ahead = n + kStages - 1;
+      if (ahead < count) load_slice(item, to, key + ahead * step, key + (ahead + 1) * step);
+      mma::close_copy_group();
+      compute_slice(item, from, key + n * step);
+      to = to + 1 == kStages ? 0 : to + 1;
+      from = from + 1 == kStages ? 0 : from + 1;
+    }
+    mma::wait_copy_groups<0>();
+    __syncthreads();
+  }
+
+  // -- the end of an item: the warps' states meet
+
+  // A row's part in every way, as one.
+  __device__ __forceinline__ DecodeRow meet(int local) const {
+    DecodeRow total;
+    for (int i = params.ways - 1; i >= 0; --i) {
+      const DecodeRow& part = shared.meeting.parts[i * params.team + member][local];
+      total.m = fmaxf(total.m, part.m);
+      total.c = part.d1 > 0 ? part.c : total.c;
+    }
+    for (int i = 0; i < params.ways; ++i)
+      total.add(shared.meeting.parts[i * params.team + member][local]);
+    return total;
+  }
+
+  __device__ __forceinline__ void publish(int num_rows) {
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      row[tile].d1 = quad_sum(row[tile].d1);
+      row[tile].d2 = quad_sum(row[tile].d2);
+      if (lane % 4 == 0) shared.meeting.parts[warp][8 * tile + lane / 4] = row[tile];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int tile = 0; tile < kRowTiles; ++tile) {
+      const int local = 8 * tile + lane / 4;
+      const DecodeRow total = meet(local);
+      const float factor = total.factor(row[tile]);
+      const float shift = row[tile].c - total.c;
+      if (way == 0 && lane % 4 == 0) shared.meeting.totals[row_of(tile)] = total;
+      if (row_of(tile) >= num_rows) continue;
+      const auto o1 = [&](int i, int e) { return factor * o[tile][i][e]; };
+      const auto o2 = [&](int i, int e) {
+        return factor * (o[tile][i][2 + e] + shift * o[tile][i][e]);
+      };
+      float* to1 = shared.meeting.o1[warp][local];
+      float* to2 = shared.meeting.o2[warp][local];
+      if constexpr (kIsFp8) {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 8; i += 2) {
+          const int column = 8 * i + 4 * (lane % 4);
+          *reinterpret_cast<float4*>(to1 + column) = {o1(i, 0), o1(i + 1, 0), o1(i, 1),
+                                                      o1(i + 1, 1)};
+          *reinterpret_cast<float4*>(to2 + column) = {o2(i, 0), o2(i + 1, 0), o2(i, 1),
+                                                      o2(i + 1, 1)};
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 8; ++i) {
+          const int column = 8 * i + 2 * (lane % 4);
+          *reinterpret_cast<float2*>(to1 + column) = {o1(i, 0), o1(i, 1)};
+          *reinterpret_cast<float2*>(to2 + column) = {o2(i, 0), o2(i, 1)};
+        }
+      }
+    }
+    __syncthreads();
+  }
+};
+
+}  // namespace parallax
