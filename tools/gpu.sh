@@ -17,6 +17,11 @@ for test in "${tests[@]}"; do
   timeout -k 5 240 "$test" --gtest_brief=1 || { echo "gpu.sh: $test failed" >&2; failed=1; }
 done
 
+example=$build/tests/install/build/decode  # where `make test` built it
+if [ -x "$example" ]; then
+  timeout -k 5 60 "$example" || { echo "gpu.sh: $example failed" >&2; failed=1; }
+fi
+
 if ! "$python" -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null; then
   echo "gpu.sh: $python has no torch with CUDA: nothing timed (PYTHON=... names another)" >&2
   exit 1
