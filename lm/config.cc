@@ -35,18 +35,19 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr std::uintmax_t kMaxConfigBytes = 1 << 20;
-constexpr std::size_t kMaxSuggestionBytes = 64;  // a longer key is no slip of the pen
+constexpr std::size_t kMaxShownBytes = 64;  // of an unknown key
+constexpr std::size_t kMaxSlips = 4;        // edits from an unknown key to the one that was meant
 
 // What a value may be. Numbers: [min, max]; strings: one of `choices`, or anything if empty.
 struct Rule {
   double min = -kInfinity;
   double max = kInfinity;
-  std::vector<std::string> choices = {};
+  std::initializer_list<std::string_view> choices = {};  // lives as long as the visit
 };
 
 Rule at_least(double min) { return {.min = min}; }
 Rule between(double min, double max) { return {.min = min, .max = max}; }
-Rule one_of(std::vector<std::string> choices) { return {.choices = std::move(choices)}; }
+Rule one_of(std::initializer_list<std::string_view> choices) { return {.choices = choices}; }
 
 // The list: visit(section, key, value, rule, help) for every field, in file order.
 template <class C, class Visitor>
@@ -247,15 +248,21 @@ bool assign(const toml::node& node, std::vector<T>& field) {
 
 // ---- unknown keys
 
-std::size_t edit_distance(std::string_view a, std::string_view b) {
+// The edit distance of a and b, or `limit` where it is not smaller.
+std::size_t edit_distance(std::string_view a, std::string_view b, std::size_t limit) {
+  if (std::max(a.size(), b.size()) - std::min(a.size(), b.size()) >= limit) return limit;
   std::vector<std::size_t> row(b.size() + 1);
   for (std::size_t j = 0; j <= b.size(); ++j) row[j] = j;
   for (std::size_t i = 1; i <= a.size(); ++i) {
     std::size_t diagonal = std::exchange(row[0], i);
+    std::size_t smallest = row[0];
     for (std::size_t j = 1; j <= b.size(); ++j) {
       const std::size_t replaced = diagonal + (a[i - 1] != b[j - 1]);
-      diagonal = std::exchange(row[j], std::min({row[j] + 1, row[j - 1] + 1, replaced}));
+      diagonal = row[j];
+      row[j] = std::min(std::min(diagonal, row[j - 1]) + 1, replaced);
+      smallest = std::min(smallest, row[j]);
     }
+    if (smallest >= limit) return limit;
   }
   return row[b.size()];
 }
@@ -270,23 +277,24 @@ std::vector<std::string> known_keys() {
 }
 
 [[noreturn]] void fail_unknown(const std::string& name, const std::string& key) {
-  if (key.size() > kMaxSuggestionBytes) {
-    throw Error(name + ": unknown key " + key.substr(0, kMaxSuggestionBytes) + "...");
-  }
   std::string nearest;
-  std::size_t best = std::numeric_limits<std::size_t>::max();
+  std::size_t best = kMaxSlips + 1;
   for (const std::string& known : known_keys()) {
     // A right key in the wrong section, or in none, is as good as found.
     const std::string_view known_leaf = std::string_view(known).substr(known.find('.') + 1);
     const std::string_view leaf = std::string_view(key).substr(key.find('.') + 1);
     const std::size_t distance =
-        std::min(edit_distance(key, known), edit_distance(leaf, known_leaf) + 1);
+        std::min(edit_distance(key, known, best), edit_distance(leaf, known_leaf, best) + 1);
     if (distance < best) {
       best = distance;
       nearest = known;
     }
   }
-  throw Error(name + ": unknown key " + key + ", did you mean " + nearest + "?");
+  const std::string shown =
+      key.size() > kMaxShownBytes ? key.substr(0, kMaxShownBytes) + "..." : key;
+  throw Error(name + ": unknown key " + shown +
+              (nearest.empty() ? "; `parallax model --fields` lists all keys"
+                               : ", did you mean " + nearest + "?"));
 }
 
 void check_known(const toml::table& file, const std::string& name) {
@@ -375,13 +383,15 @@ void check_value(const std::string& name, const std::string& key, double value, 
 
 void check_value(const std::string& name, const std::string& key, const std::string& value,
                  const Rule& rule) {
-  if (rule.choices.empty() ||
+  if (rule.choices.size() == 0 ||
       std::find(rule.choices.begin(), rule.choices.end(), value) != rule.choices.end()) {
     return;
   }
   std::string expected;
-  for (const std::string& choice : rule.choices) {
-    if (!choice.empty()) expected += (expected.empty() ? "" : " or ") + toml_text(choice);
+  for (const std::string_view choice : rule.choices) {
+    if (!choice.empty()) {
+      expected += (expected.empty() ? "" : " or ") + toml_text(std::string(choice));
+    }
   }
   fail(name, key, expected, toml_text(value));
 }

@@ -91,6 +91,8 @@ TEST(Config, NamesTheNearestKnownKey) {
             "run.toml: unknown key seq_len, did you mean data.seq_len?");
   EXPECT_EQ(error_of("", {"train.step=3"}),
             "override train.step=3: unknown key train.step, did you mean train.steps?");
+  EXPECT_EQ(error_of("[model]\nfrobnicate = 1\n"),
+            "run.toml: unknown key model.frobnicate; `parallax model --fields` lists all keys");
   EXPECT_THAT(error_of("[nothing]\n"), HasSubstr("unknown section [nothing]"));
 }
 
@@ -142,7 +144,8 @@ TEST(Config, NamesWhatStandsWhereAKeyBelongs) {
 TEST(Config, SuggestsNothingForKeysBeyondAnyTypingSlip) {
   const std::string key(1 << 20, 'k');
   EXPECT_EQ(error_of("[model]\n" + key + " = 1"),
-            "run.toml: unknown key " + ("model." + key).substr(0, 64) + "...");
+            "run.toml: unknown key " + ("model." + key).substr(0, 64) +
+                "...; `parallax model --fields` lists all keys");
 }
 
 TEST(Config, NamesTheLineOfBadToml) {
