@@ -32,6 +32,7 @@ struct RowTerms {
   float u0[kBlockRows];                 // 1 + t_bar
   float g_bar[kBlockRows];              // dO.v_bar
   float g_bar_minus_delta[kBlockRows];  // Gbar - Delta = dO.(v_bar - o)
+  bool finite;                          // q, r and dO of all rows
 };
 
 template <class Words, int kStride>
@@ -163,6 +164,9 @@ struct Backward {
       float* row = to.minus_r + i * kStride;
       for (int d = 0; d < words; d += kLanes) store(row + d, Words::negate(load(row + d)));
     }
+    terms->finite = all_finite<kFold>(to.q, num_rows, kStride, words) &&
+                    all_finite<kFold>(to.minus_r, num_rows, kStride, words) &&
+                    all_finite<kFold>(to.d_o, num_rows, kStride, words);
     fold_rows<Words, kStride>(to.q, num_rows, block.head_dim, to.q_folded);
     fold_rows<Words, kStride>(to.minus_r, num_rows, block.head_dim, to.minus_r_folded);
     fold_rows<Words, kStride>(to.d_o, num_rows, block.head_dim, to.d_o_folded);
@@ -198,19 +202,20 @@ struct Backward {
     for (int j = begin; j < end; j += kFold) {
       Vec ds[kFold], e[kFold];
       for (int f = 0; f < kFold; ++f, s += kPanel, g += kQueries) {
-        Vec p = exp2(fma(load(s), log2_scale, minus_lse));
-        Vec t = load(s + kLanes), grad = load(g);
-        if constexpr (kEdge) {
-          const Mask visible = within(low, high, static_cast<std::int32_t>(first_key + j + f));
-          p = select(visible, p, zero());
-          t = select(visible, t, zero());
-          grad = select(visible, grad, zero());
-        }
-        const Vec u = u0 - t;
-        e[f] = p * (grad - g_bar);
+        const Vec p = exp2(fma(load(s), log2_scale, minus_lse));
+        const Vec u = u0 - load(s + kLanes);
+        e[f] = p * (load(g) - g_bar);
         ds[f] = fma(u * scale, e[f], p * g_bar_minus_delta);
+        Vec a = p * u;
+        if constexpr (kEdge) {
+          // Last, because a hidden pair may hold anything: its key's, or its query's.
+          const Mask visible = within(low, high, static_cast<std::int32_t>(first_key + j + f));
+          a = select(visible, a, zero());
+          e[f] = select(visible, e[f], zero());
+          ds[f] = select(visible, ds[f], zero());
+        }
         const int to = (j + f) * kQueryWords + i / kFold;
-        Words::store_steps(at.a + to, p * u);
+        Words::store_steps(at.a + to, a);
         Words::store_steps(at.ds + to, ds[f]);
         Words::store_steps(at.e + to, e[f]);
         sum_ds = sum_ds + Words::round(ds[f]);
@@ -291,12 +296,12 @@ struct Backward {
     store_block(acc, dk + d, kStride);
   }
 
-  template <int kNv>
+  template <int kRows, int kNv>
   PARALLAX_INLINE void add_to_queries(const Scratch& at, int i, int d, int begin, int end,
                                       float* dq, float* dr) {
     const int x = begin / kFold * kBlockRows + i, y = begin / kFold * kStride + d;
     const int depth = (end - begin) / kFold;
-    Vec acc[kMr][kNv];
+    Vec acc[kRows][kNv];
     load_block(acc, dq + d, kStride);
     multiply<Words, 1, kBlockRows, kStride>(acc, at.ds_folded + x, at.k_folded + y, depth);
     store_block(acc, dq + d, kStride);
@@ -348,15 +353,70 @@ struct Backward {
         if (range.begin >= range.end) continue;
         float *dq = block.sums.dq + i * kStride, *dr = block.sums.dr + i * kStride;
         if (whole) {
-          add_to_queries<2>(at, i, d, range.begin, range.end, dq, dr);
+          add_to_queries<kMr, 2>(at, i, d, range.begin, range.end, dq, dr);
         } else {
-          add_to_queries<1>(at, i, d, range.begin, range.end, dq, dr);
+          add_to_queries<kMr, 1>(at, i, d, range.begin, range.end, dq, dr);
         }
       }
     }
   }
 
-  // The mean of keys [begin, end).
+  // Rows [0, n) of `from`, zero where the row does not see a key, folded. Through the place of the
+  // K and V tiles.
+  PARALLAX_INLINE float* seen_rows(const Scratch& at, const float* from, const std::int32_t* lo,
+                                   const std::int32_t* hi, int n, std::int64_t key, int head_dim) {
+    for (int i = 0; i < n; ++i) {
+      float* row = at.v + i * kStride;
+      if (lo[i] <= key && key < hi[i]) {
+        std::memcpy(row, from + i * kStride, head_dim / kFold * sizeof(float));
+      } else {
+        clear_row(row, head_dim / kFold);
+      }
+    }
+    return fold_rows<Words, kStride>(at.v, n, head_dim, at.k);
+  }
+
+  // multiply_tile where some key, or some query's q, r or dO, is not finite: 0 * NaN is NaN, so
+  // each query meets a tile of the keys that it sees, and each key the queries that see it. The K
+  // and V tiles are written over.
+  PARALLAX_INLINE void multiply_tile_apart(const BackwardBlock& block, const Scratch& at,
+                                           const std::int32_t* lo, const std::int32_t* hi,
+                                           int num_rows, std::int64_t tile) {
+    const int head_dim = block.head_dim;
+    const std::int64_t first_key = tile * kBlockKeys;
+    for (int i = 0; i < block.rows; ++i) {
+      const TileRange range = tile_range<kFold>(lo + i, hi + i, 1, first_key);
+      if (range.begin >= range.end) continue;
+      read_tile<Words, kStride>(block.dtype, block.k, head_dim, first_key, lo[i], hi[i], at.k);
+      fold_rows<Words, kStride>(at.k, kBlockKeys, head_dim, at.k_folded);
+      for (int d = 0; d < head_dim; d += kLanes) {
+        add_to_queries<1, 1>(at, i, d, range.begin, range.end, block.sums.dq + i * kStride,
+                             block.sums.dr + i * kStride);
+      }
+    }
+    for (int j = 0; j < kBlockKeys; ++j) {
+      const std::int64_t key = first_key + j;
+      const TileRange range = visible_queries(lo, hi, num_rows, key, key + 1);
+      if (range.begin >= range.end) continue;
+      const auto add = [&](const float* weights, const float* rows, float* sum) {
+        const float* a = weights + j * kQueryWords + range.begin / kFold;
+        const float* b =
+            seen_rows(at, rows, lo, hi, num_rows, key, head_dim) + range.begin / kFold * kStride;
+        for (int d = 0; d < head_dim; d += kLanes) {
+          Vec acc[1][1];
+          load_block(acc, sum + d, kStride);
+          multiply<Words, kQueryWords, 1, kStride>(acc, a, b + d,
+                                                   (range.end - range.begin) / kFold);
+          store_block(acc, sum + d, kStride);
+        }
+      };
+      add(at.a, at.d_o, block.dv + key * kStride);
+      add(at.ds, at.q, block.dk + key * kStride);
+      add(at.e, at.minus_r, block.dk + key * kStride);
+    }
+  }
+
+  // The mean of keys [begin, end), where they are finite: not every row sees all of them.
   PARALLAX_INLINE void mean_key(const BackwardBlock& block, std::int64_t begin, std::int64_t end,
                                 float* mean) {
     alignas(64) float row[kStride];
@@ -367,7 +427,9 @@ struct Backward {
       for (std::int64_t j = begin; j < end; ++j) {
         read_row(element, block.k.row(j), block.head_dim, row);
         for (int d = 0; d < block.head_dim; d += kLanes) {
-          store(mean + d, fma(load(row + d), share, load(mean + d)));
+          const Vec x = load(row + d);
+          const Mask finite = equal(x * zero(), zero());
+          store(mean + d, fma(select(finite, x, zero()), share, load(mean + d)));
         }
       }
     });
@@ -387,6 +449,13 @@ struct Backward {
         write_row(element, dr, block.head_dim, block.dr[i]);
       }
     });
+  }
+
+  PARALLAX_INLINE bool all_see(const std::int32_t* lo, const std::int32_t* hi, int rows,
+                               std::int64_t begin, std::int64_t end) {
+    bool all = true;
+    for (int i = 0; i < rows; ++i) all &= lo[i] <= begin && end <= hi[i];
+    return all;
   }
 
   PARALLAX_INLINE void clear_sums(const BackwardSums& sums) {
@@ -424,7 +493,13 @@ struct Backward {
       for (int i = 0; i < num_rows; i += kQueries) {
         differentiate_pair(block, at, terms, i, lo, hi, key);
       }
-      multiply_tile(block, at, lo, hi, num_rows, tile);
+      const bool whole = all_see(lo, hi, block.rows, key, key + kBlockKeys);
+      if (whole ||
+          (terms.finite && all_finite<kFold>(at.k, kBlockKeys, kStride, block.head_dim / kFold))) {
+        multiply_tile(block, at, lo, hi, num_rows, tile);
+      } else {
+        multiply_tile_apart(block, at, lo, hi, num_rows, tile);
+      }
     }
     if (block.last) {
       alignas(64) float k0[kStride];

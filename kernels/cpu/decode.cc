@@ -161,9 +161,9 @@ class Decoder {
     for (std::int64_t split = 0; split < shape_.num_splits; ++split) {
       const SplitState part = state(sequence.batch_idx, split);
       RowState<float> scalars{part.m[row], part.d1[row], part.d2[row]};
-      if (!(scalars.d1 > 0)) continue;  // saw nothing here
+      if (scalars.d1 == 0) continue;  // saw nothing here
       // To the first split's centre, which is near: no digit of d2 and o2 is lost.
-      if (!(merged.d1 > 0)) centre = part.c[row];
+      if (merged.d1 == 0) centre = part.c[row];
       const float by = part.c[row] - centre;
       scalars.uncentre(by);
       const Merged<float> step = merge(merged, scalars);

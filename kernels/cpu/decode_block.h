@@ -4,208 +4,15 @@
 //
 // Memory is the bound, so memory sets the order. The run is cut into kStep streams; a step takes
 // the next token of each stream and all heads of it, so that the hardware sees a few long
-// sequential reads, which it prefetches best (software prefetches of a tile ahead compete with the
-// loads for the same miss buffers). A tile is kDecodeTokens tokens in the order in which the steps
-// meet them; their scores are kept between the steps over keys and the steps over values.
+// sequential reads, which it prefetches best; the next step's lines are asked for a share at a
+// time, between one row's arithmetic and the next's, since a burst of them fills the miss buffers
+// and stalls the core. A tile is kDecodeTokens tokens in the order in which the steps meet them;
+// their scores are kept between the steps over keys and the steps over values.
 #pragma once
 
-#include <math.h>
-
-#include "cpu/forward_block.h"
-#include "cpu/rows.h"
+#include "cpu/decode_product.h"
 
 namespace parallax::cpu::PARALLAX_TARGET {
-
-// Half the lanes: s and t of a step's tokens fill one vector.
-constexpr int kStep = kLanes / 2;
-constexpr int kTileSteps = kDecodeTokens / kStep;
-// Elements that are loaded together: two vectors.
-constexpr int kUnit = 2 * kLanes;
-
-// What a row knows about a tile: s, then p, at [0, kDecodeTokens); t, then p (t - c), at kProbe;
-// the factor that o1 and o2 shrink by before the tile is added, at kShrink.
-constexpr int kProbe = kDecodeTokens;
-constexpr int kShrink = 2 * kDecodeTokens;
-
-// Elements [d, d + kUnit) of a row: in order, or, for bf16, the even ones and then the odd ones.
-template <DType kType>
-PARALLAX_INLINE void load_unit(const char* row, int d, Vec (&unit)[2]) {
-  if constexpr (kType == DType::kBFloat16) {
-    load_bf16_pairs(reinterpret_cast<const std::uint16_t*>(row) + d, &unit[0], &unit[1]);
-  } else {
-    unit[0] = load_elements<kType>(row, d);
-    unit[1] = load_elements<kType>(row, d + kLanes);
-  }
-  hold(&unit[0]);
-  hold(&unit[1]);
-}
-
-// Adds rows [kSize, 2 kSize) to the first kSize, lanes of the two interleaved.
-template <int kSize>
-PARALLAX_INLINE void fold(Vec (&rows)[kLanes]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kSize; ++i) {
-    Vec low, high;
-    interleave(rows[i], rows[i + kSize], &low, &high);
-    rows[i] = low + high;
-  }
-  if constexpr (kSize > 1) fold<kSize / 2>(rows);
-}
-
-// Lane i of the result is the sum of the lanes of rows[i].
-PARALLAX_INLINE Vec sum_lanes(Vec (&rows)[kLanes]) {
-  fold<kLanes / 2>(rows);
-  return rows[0];
-}
-
-PARALLAX_INLINE float lane_sum(Vec x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  float result = 0;
-  for (int i = 0; i < kLanes; ++i) result += lanes[i];
-  return result;
-}
-
-PARALLAX_INLINE float largest_lane(Vec x) {
-  alignas(64) float lanes[kLanes];
-  store(lanes, x);
-  float result = lanes[0];
-  for (int i = 1; i < kLanes; ++i) result = lanes[i] > result ? lanes[i] : result;
-  return result;
-}
-
-// Whether keys of a type meet queries as they are, two bf16 to a word, instead of as floats.
-template <DType kType>
-constexpr bool kDots =
-#if defined(__AVX512BF16__)
-    kType == DType::kBFloat16;
-#else
-    false;
-#endif
-
-// s and t of one row and kStep tokens. q and r lie one stride apart; factors: scale for the lanes
-// of s, 1 for those of t.
-template <DType kType>
-PARALLAX_INLINE void multiply_keys(const char* const (&keys)[kStep], const float* q, int stride,
-                                   const float (&factors)[kLanes], float* scores) {
-  Vec acc[kLanes];
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i) acc[i] = zero();
-  for (int d = 0; d < stride; d += kUnit) {
-    if constexpr (kDots<kType>) {
-#if defined(__AVX512BF16__)
-      const Vec q_words = load(q + d / 2), r_words = load(q + stride + d / 2);
-#pragma GCC unroll 8
-      for (int j = 0; j < kStep; ++j) {
-        Vec key = load(reinterpret_cast<const float*>(keys[j]) + d / 2);
-        hold(&key);
-        acc[j] = BFloat16Words::multiply_add(q_words, key, acc[j]);
-        acc[kStep + j] = BFloat16Words::multiply_add(r_words, key, acc[kStep + j]);
-      }
-#endif
-    } else {
-      const Vec q0 = load(q + d), q1 = load(q + d + kLanes);
-      const Vec r0 = load(q + stride + d), r1 = load(q + stride + d + kLanes);
-#pragma GCC unroll 8
-      for (int j = 0; j < kStep; ++j) {
-        Vec key[2];
-        load_unit<kType>(keys[j], d, key);
-        acc[j] = fma(q0, key[0], acc[j]);
-        acc[kStep + j] = fma(r0, key[0], acc[kStep + j]);
-        acc[j] = fma(q1, key[1], acc[j]);
-        acc[kStep + j] = fma(r1, key[1], acc[kStep + j]);
-      }
-    }
-  }
-  alignas(64) float sums[kLanes];
-  store(sums, sum_lanes(acc) * load(factors));
-  std::memcpy(scores, sums, sizeof sums / 2);
-  std::memcpy(scores + kProbe, sums + kStep, sizeof sums / 2);
-}
-
-// Adds the weighted values of a step to elements [d, d + kUnits * kUnit) of one row's o1 and o2.
-template <DType kType, int kUnits>
-PARALLAX_INLINE void add_values(const char* const (&values)[kStep], const float* scores, int d,
-                                int stride, float* o) {
-  Vec acc[4 * kUnits];
-#pragma GCC unroll 16
-  for (int i = 0; i < 4 * kUnits; ++i) acc[i] = load(o + i % 2 * stride + d + i / 2 * kLanes);
-#pragma GCC unroll 8
-  for (int j = 0; j < kStep; ++j) {
-    const Vec p = broadcast(scores[j]), w = broadcast(scores[kProbe + j]);
-#pragma GCC unroll 4
-    for (int n = 0; n < kUnits; ++n) {
-      Vec value[2];
-      load_unit<kType>(values[j], d + n * kUnit, value);
-#pragma GCC unroll 2
-      for (int half = 0; half < 2; ++half) {
-        Vec* to = acc + 4 * n + 2 * half;
-        to[0] = fma(p, value[half], to[0]);
-        to[1] = fma(w, value[half], to[1]);
-      }
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 4 * kUnits; ++i) store(o + i % 2 * stride + d + i / 2 * kLanes, acc[i]);
-}
-
-template <DType kType>
-PARALLAX_INLINE void multiply_values(const char* const (&values)[kStep], const float* scores,
-                                     int stride, float* o) {
-  constexpr int kUnits = kLanes == 16 ? 4 : 2;  // as many accumulators as registers allow
-  int d = 0;
-  for (; d + kUnits * kUnit <= stride; d += kUnits * kUnit) {
-    add_values<kType, kUnits>(values, scores, d, stride, o);
-  }
-  for (; d < stride; d += kUnit) add_values<kType, 1>(values, scores, d, stride, o);
-}
-
-// s and t of a tile become p and p (t - c), and the row's state moves on. `visible`: how many of
-// the tile's tokens the row sees (at least one), the others have s = -inf and t = 0; `first`: it
-// saw none before.
-PARALLAX_INLINE void update_row(const DecodeBlock& block, std::int64_t row, int visible, bool first,
-                                float* scores) {
-  Vec largest = load(scores), t_sum = load(scores + kProbe);
-  for (int j = kLanes; j < kDecodeTokens; j += kLanes) {
-    largest = max(largest, load(scores + j));
-    t_sum = t_sum + load(scores + kProbe + j);
-  }
-  if (first) block.c[row] = lane_sum(t_sum) / static_cast<float>(visible);
-  const float m = largest_lane(largest);
-  const float next = block.m[row] > m ? block.m[row] : m;
-  const Vec reference = broadcast(next == -INFINITY ? 0.0f : next);
-  const Vec log2e = broadcast(kLog2e), c = broadcast(block.c[row]);
-  Vec d1 = zero(), d2 = zero();
-  for (int j = 0; j < kDecodeTokens; j += kLanes) {
-    const Vec p = exp2((load(scores + j) - reference) * log2e);
-    const Vec w = p * (load(scores + kProbe + j) - c);
-    d1 = d1 + p;
-    d2 = d2 + w;
-    store(scores + j, p);
-    store(scores + kProbe + j, w);
-  }
-  const Vec shrink = exp2((broadcast(block.m[row]) - reference) * log2e);
-  store(scores + kShrink, shrink);
-  block.m[row] = next;
-  block.d1[row] = block.d1[row] * scores[kShrink] + lane_sum(d1);
-  block.d2[row] = block.d2[row] * scores[kShrink] + lane_sum(d2);
-}
-
-// Element order of a unit of bf16 (even, then odd elements) and back.
-PARALLAX_INLINE void split_pairs(float* row, int stride) {
-  for (int d = 0; d < stride; d += kUnit) {
-    float unit[kUnit];
-    std::memcpy(unit, row + d, sizeof unit);
-    for (int i = 0; i < kUnit; ++i) row[d + i % 2 * kLanes + i / 2] = unit[i];
-  }
-}
-PARALLAX_INLINE void join_pairs(float* row, int stride) {
-  for (int d = 0; d < stride; d += kUnit) {
-    float unit[kUnit];
-    std::memcpy(unit, row + d, sizeof unit);
-    for (int i = 0; i < kUnit; ++i) row[d + i] = unit[i % 2 * kLanes + i / 2];
-  }
-}
 
 // kType: of the cache. FP8 keys and values are always packed: they become floats, and the scales of
 // their heads are in q and r beforehand and go into o1 and o2 afterwards.
@@ -217,13 +24,16 @@ class Decode {
         stride_(decode_stride(block.head_dim)),
         rows_of_head_(block.group * block.q_len),
         rows_(std::int64_t{block.num_kv_heads} * rows_of_head_),
-        packs_values_(kIsFp8 || block.head_dim != stride_ ||
-                      (kType != DType::kFloat32 && rows_of_head_ > 1)),
-        packs_keys_(kDots<kType> ? block.head_dim != stride_ : packs_values_),
+        pairs_values_(kDots<kType> && rows_of_head_ > 1),
+        packs_(kIsFp8 || block.head_dim != stride_ ||
+               (kType != DType::kFloat32 && rows_of_head_ > 1)),
         queries_(scratch),
         scores_(queries_ + rows_ * 2 * stride_),
         packed_(scores_ + rows_ * kDecodeScoreRow) {
-    for (int i = 0; i < kLanes; ++i) factors_[i] = i < kStep ? block.scale : 1.0f;
+    for (int i = 0; i < kLanes; ++i) {
+      factors_[0][i] = i < kStep ? block.scale : 1.0f;
+      factors_[1][i] = i % kStep < kStep / 2 ? block.scale : 1.0f;
+    }
   }
 
   void run() {
@@ -232,22 +42,23 @@ class Decode {
     for (int first = 0; first < steps; first += kTileSteps) {
       const int last = first + kTileSteps < steps ? first + kTileSteps : steps;
       for (int i = first; i < last; ++i) score_step(i, steps, scores_ + (i - first) * kStep);
-      update_rows(first, last, steps);
-      for (int i = first; i < last; ++i) value_step(i, steps, scores_ + (i - first) * kStep);
+      const bool ragged = update_rows(first, last, steps);
+      for (int i = first; i < last; ++i) {
+        value_step(i, steps, (i - first) * kStep, ragged);
+      }
     }
     if (kIsFp8) scale_values();
-    if (kType != DType::kBFloat16 || packs_values_) return;
+    if (kType != DType::kBFloat16 || packs_) return;
     for (std::int64_t i = 0; i < 2 * rows_; ++i) join_pairs(block_.o + i * stride_, stride_);
   }
 
  private:
   static constexpr bool kIsFp8 = kType == DType::kFloat8E4M3;
 
-  // The rows of a step's tokens, of the first head.
+  // The rows of a step's tokens, of one head.
   struct Step {
     const char* tokens[kStep];
   };
-
   // Token i of each stream; streams are `steps` tokens long. May lie at or behind the end.
   std::int64_t token(int stream, int i, int steps) const {
     return block_.begin + std::int64_t{stream} * steps + i;
@@ -267,22 +78,28 @@ class Decode {
     for (int i = 0; i < kStep; ++i) step->tokens[i] += head_bytes;
   }
 
-  void prefetch_head(const Step& step, std::int64_t head_offset) const {
-    for (const char* token : step.tokens) {
+  // Asks for the tokens of a step, a share of them at each of its head's rows.
+  void prefetch(const Step& step, std::int64_t head_offset, int f, int rows) const {
+    const int begin = kStep * f / rows_of_head_, end = kStep * (f + rows) / rows_of_head_;
+    for (int i = begin; i < end; ++i) {
       for (int at = 0; at < block_.head_dim * Element<kType>::kBytes; at += 64) {
-        __builtin_prefetch(token + head_offset + at, 0, 2);
+        __builtin_prefetch(step.tokens[i] + head_offset + at, 0, 2);
       }
     }
   }
 
-  // The same rows as floats, zeros up to whole units: worth it where several rows use them, and
-  // needed where a unit would reach behind their end.
-  Step pack(const Step& from) const {
+  // A step's rows as floats, zeros up to whole units: needed where a unit would reach behind their
+  // end, and worth it where several rows use them (rows a multiple of 4 KiB apart would share few
+  // sets of the first-level cache). Tokens without their bit in `seen` are zero.
+  Step pack(const Step& from, unsigned seen, float* to) const {
     Step packed;
-    for (int i = 0; i < kStep; ++i) {
-      float* to = packed_ + i * stride_;
+    for (int i = 0; i < kStep; ++i, to += stride_) {
       packed.tokens[i] = reinterpret_cast<const char*>(to);
-      read_padded(Element<kType>{}, from.tokens[i], to);
+      if (seen >> i & 1) {
+        read_padded(Element<kType>{}, from.tokens[i], to);
+      } else {
+        clear_row(to, stride_);
+      }
     }
     return packed;
   }
@@ -293,18 +110,31 @@ class Decode {
     read_row(element, from, block_.head_dim, to);
   }
 
+  // Keys in the form in which they meet the queries: see pack(), or 16-bit words as they are.
+  Step pack_keys(const Step& from, float* to) const {
+    if constexpr (!kDots<kType>) return pack(from, ~0u, to);
+    Step packed;
+    for (int i = 0; i < kStep; ++i, to += stride_ / 2) {
+      packed.tokens[i] = reinterpret_cast<const char*>(to);
+      copy_words(from.tokens[i], to);
+    }
+    return packed;
+  }
+
+  void copy_words(const char* from, float* to) const {
+    for (int d = 0; d < stride_; d += kUnit) store(to + d / 2, read_unit(from, d, true));
+  }
+
   // A query's row in the form in which it meets the keys.
   void read_query(const char* from, float* to) const {
     if constexpr (kIsFp8) {
       with_element(block_.dtype, [&](auto element) { read_padded(element, from, to); });
-      return;
+    } else if constexpr (kDots<kType>) {
+      copy_words(from, to);
+    } else {
+      read_padded(Element<kType>{}, from, to);
+      if (kType == DType::kBFloat16 && !packs_) split_pairs(to, stride_);
     }
-    if (kDots<kType> && !packs_keys_) {
-      std::memcpy(to, from, block_.head_dim * Element<kType>::kBytes);
-      return;
-    }
-    read_padded(Element<kType>{}, from, to);
-    if (kType == DType::kBFloat16 && !packs_keys_) split_pairs(to, stride_);
   }
 
   void start_rows() {
@@ -326,54 +156,164 @@ class Decode {
     const Step next = step(block_.k, i + 1 < steps ? i + 1 : i, steps);
     const float* q = queries_;
     for (int head = 0; head < block_.num_kv_heads; ++head) {
-      prefetch_head(next, head * block_.k_head_bytes);
-      const Step floats = packs_keys_ ? pack(keys) : keys;
-      for (int f = 0; f < rows_of_head_; ++f, q += 2 * stride_, scores += kDecodeScoreRow) {
-        if (packs_keys_) {
-          multiply_keys<DType::kFloat32>(floats.tokens, q, stride_, factors_, scores);
-        } else {
-          multiply_keys<kType>(keys.tokens, q, stride_, factors_, scores);
-        }
+      const Step operand = packs_ ? pack_keys(keys, packed_) : keys;
+      for (int f = 0, rows; f < rows_of_head_; f += rows) {
+        rows = f + 1 < rows_of_head_ ? kMaxRows : 1;
+        prefetch(next, head * block_.k_head_bytes, f, rows);
+        score(operand, rows, q, scores);
+        q += rows * 2 * stride_;
+        scores += rows * kDecodeScoreRow;
       }
       move_to_next_head(block_.k_head_bytes, &keys);
     }
   }
 
-  void update_rows(int first, int last, int steps) {
+  // `ragged`: see update_rows(); a step's tokens begin at token `first` of the tile.
+  void value_step(int i, int steps, int first, bool ragged) {
+    Step values = step(block_.v, i, steps);
+    const Step next = step(block_.v, i + 1 < steps ? i + 1 : i, steps);
+    std::int64_t row = 0;
+    for (int head = 0; head < block_.num_kv_heads; ++head) {
+      const Step operand = pack_values(values, ~0u);
+      const bool apart = ragged && !is_finite(operand);
+      for (int f = 0, rows; f < rows_of_head_; f += rows, row += rows) {
+        rows = f + 1 < rows_of_head_ && !apart ? kMaxRows : 1;
+        prefetch(next, head * block_.v_head_bytes, f, rows);
+        // 0 * NaN is NaN: hidden values that may be anything are zero for the row.
+        add(apart ? pack_values(values, seen_tokens(row, i, i + 1, steps)) : operand, rows, row,
+            first);
+      }
+      move_to_next_head(block_.v_head_bytes, &values);
+    }
+  }
+
+  // The values of a step in the form in which rows add them; see pack().
+  Step pack_values(const Step& from, unsigned seen) const {
+    if (pairs_values_) return pack_pairs(from, seen, packed_);
+    return packs_ || seen != ~0u ? pack(from, seen, packed_) : from;
+  }
+
+  // A step's rows as words of two neighbouring tokens: [kStep / 2, stride].
+  Step pack_pairs(const Step& from, [[maybe_unused]] unsigned seen,
+                  [[maybe_unused]] float* to) const {
+#if defined(__AVX512BF16__)
+    for (int i = 0; i < kStep; i += 2, to += stride_) {
+      for (int d = 0; d < stride_; d += kUnit) {
+        Vec low, high;
+        BFloat16Words::interleave(read_unit(from.tokens[i], d, seen >> i & 1),
+                                  read_unit(from.tokens[i + 1], d, seen >> (i + 1) & 1), &low,
+                                  &high);
+        store(to + d, low);
+        store(to + d + kLanes, high);
+      }
+    }
+#endif
+    return from;
+  }
+
+  // Elements [d, d + kUnit) of a row of 16-bit elements, zeros behind its end or where not seen.
+  Vec read_unit(const char* row, int d, bool seen) const {
+    if (!seen) return zero();
+    const char* from = row + 2 * d;
+    if (d + kUnit <= block_.head_dim) return load(reinterpret_cast<const float*>(from));
+    alignas(64) float unit[kLanes] = {};
+    std::memcpy(unit, from, 2 * (block_.head_dim - d));
+    return load(unit);
+  }
+
+  // Of packed values, or floats.
+  bool is_finite(const Step& values) const {
+    if (pairs_values_) return all_finite<2>(packed_, kStep / 2, stride_, stride_);
+    for (const char* row : values.tokens) {
+      if (!all_finite<1>(reinterpret_cast<const float*>(row), 1, stride_, stride_)) return false;
+    }
+    return true;
+  }
+
+  void score(const Step& keys, int rows, const float* q, float* scores) const {
+    constexpr DType kOperand = kDots<kType> ? kType : DType::kFloat32;
+    if (rows == kMaxRows) {
+      score<kOperand, kMaxRows>(keys, q, scores);
+    } else if (packs_) {
+      score<kOperand, 1>(keys, q, scores);
+    } else {
+      score<kType, 1>(keys, q, scores);
+    }
+  }
+  template <DType kOperand, int kRows>
+  void score(const Step& keys, const float* q, float* scores) const {
+    constexpr int kTokens = kStep / kRows;
+    for (int j = 0; j < kStep; j += kTokens) {
+      multiply_keys<kOperand, kRows>(keys.tokens + j, q, stride_, factors_[kRows - 1], scores + j);
+    }
+  }
+
+  // A step's values, the tile's tokens from `first` on, meet `rows` rows.
+  void add(const Step& values, int rows, std::int64_t row, int first) const {
+    const float* scores = scores_ + row * kDecodeScoreRow;
+    float* o = block_.o + row * 2 * stride_;
+    if (pairs_values_) {
+#if defined(__AVX512BF16__)
+      if (rows == kMaxRows)
+        return multiply_pairs<kMaxRows>(packed_, scores + first / 2, stride_, o);
+      multiply_pairs<1>(packed_, scores + first / 2, stride_, o);
+#endif
+    } else if (rows == kMaxRows) {
+      multiply_values<DType::kFloat32, kMaxRows>(values.tokens, scores + first, stride_, o);
+    } else if (packs_) {
+      multiply_values<DType::kFloat32, 1>(values.tokens, scores + first, stride_, o);
+    } else {
+      multiply_values<kType, 1>(values.tokens, scores + first, stride_, o);
+    }
+  }
+
+  // Returns whether some row does not see all that the tile holds for others.
+  bool update_rows(int first, int last, int steps) {
+    bool ragged = false;
     for (std::int64_t row = 0; row < rows_; ++row) {
       float* scores = scores_ + row * kDecodeScoreRow;
       const int visible = mask_row(row, first, last, steps, scores);
+      if (visible < kDecodeTokens) ragged = block_.q_len > 1;
       if (visible > 0) {
-        update_row(block_, row, visible, block_.d1[row] == 0.0f, scores);
+        update_row(block_, row, visible, block_.d1[row] == 0.0f, pairs_values_, scores);
         scale_row(scores[kShrink], block_.o + row * 2 * stride_);
       } else {
         for (int j = 0; j < kShrink; j += kLanes) store(scores + j, zero());
       }
     }
+    return ragged;
   }
 
-  // Gives the tokens that a row does not see s = -inf and t = 0; returns how many it sees.
-  int mask_row(std::int64_t row, int first, int last, int steps, float* scores) const {
+  // The tokens of steps [first, last) that a row sees, a bit each.
+  std::uint32_t seen_tokens(std::int64_t row, int first, int last, int steps) const {
+    static_assert(kDecodeTokens == 32);
     const std::int64_t query = row % rows_of_head_ / block_.group;
     const std::int64_t lo = block_.lo[query];
     const std::int64_t hi = block_.hi[query] < block_.end ? block_.hi[query] : block_.end;
     if (lo <= block_.begin && token(kStep - 1, last - 1, steps) < hi &&
         last - first == kTileSteps) {
-      return kDecodeTokens;
+      return ~std::uint32_t{0};
     }
-    int visible = 0;
-    for (int i = 0; i < kTileSteps; ++i) {
+    std::uint32_t seen = 0;
+    for (int i = 0; i < last - first; ++i) {
       for (int stream = 0; stream < kStep; ++stream) {
         const std::int64_t j = token(stream, first + i, steps);
-        if (first + i < last && lo <= j && j < hi) {
-          ++visible;
-        } else {
-          scores[i * kStep + stream] = -INFINITY;
-          scores[kProbe + i * kStep + stream] = 0.0f;
-        }
+        if (lo <= j && j < hi) seen |= std::uint32_t{1} << (i * kStep + stream);
       }
     }
-    return visible;
+    return seen;
+  }
+
+  // Gives the tokens that a row does not see s = -inf and t = 0; returns how many it sees.
+  int mask_row(std::int64_t row, int first, int last, int steps, float* scores) const {
+    const std::uint32_t seen = seen_tokens(row, first, last, steps);
+    if (seen == ~std::uint32_t{0}) return kDecodeTokens;
+    for (int j = 0; j < kDecodeTokens; ++j) {
+      if (seen >> j & 1) continue;
+      scores[j] = -INFINITY;
+      scores[kProbe + j] = 0.0f;
+    }
+    return __builtin_popcount(seen);
   }
 
   // Multiplies q and r, or o1 and o2, of one row.
@@ -389,29 +329,11 @@ class Decode {
     }
   }
 
-  void value_step(int i, int steps, const float* scores) {
-    Step values = step(block_.v, i, steps);
-    const Step next = step(block_.v, i + 1 < steps ? i + 1 : i, steps);
-    float* o = block_.o;
-    for (int head = 0; head < block_.num_kv_heads; ++head) {
-      prefetch_head(next, head * block_.v_head_bytes);
-      const Step floats = packs_values_ ? pack(values) : values;
-      for (int f = 0; f < rows_of_head_; ++f, o += 2 * stride_, scores += kDecodeScoreRow) {
-        if (packs_values_) {
-          multiply_values<DType::kFloat32>(floats.tokens, scores, stride_, o);
-        } else {
-          multiply_values<kType>(values.tokens, scores, stride_, o);
-        }
-      }
-      move_to_next_head(block_.v_head_bytes, &values);
-    }
-  }
-
   const DecodeBlock& block_;
   const int stride_, rows_of_head_;
   const std::int64_t rows_;  // of all heads
-  const bool packs_values_, packs_keys_;
-  alignas(64) float factors_[kLanes];
+  const bool pairs_values_, packs_;
+  alignas(64) float factors_[kMaxRows][kLanes];  // see multiply_keys
   float *const queries_, *const scores_, *const packed_;
 };
 

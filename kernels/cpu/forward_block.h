@@ -188,6 +188,25 @@ struct Forward {
     }
   }
 
+  // The same where a value that some lane does not see may be anything (0 * NaN is NaN): each lane
+  // meets the tile of what it sees, through the place of the whole tile, which must be read again.
+  PARALLAX_INLINE void multiply_values_apart(const ForwardBlock& block, const std::int32_t* lo,
+                                             const std::int32_t* hi, std::int64_t first_key,
+                                             TileRange range, const float* scores, bool fresh,
+                                             float* v, float* folded, float* o) {
+    const float* p = scores + range.begin / kFold * kPanel;
+    const int depth = (range.end - range.begin) / kFold;
+    for (int i = 0; i < kPanel; ++i) {
+      read_tile<Words, kStride>(block.dtype, block.v, block.head_dim, first_key, lo[i % kLanes],
+                                hi[i % kLanes], v);
+      const float* values = fold_rows<Words, kStride>(v, kBlockKeys, block.head_dim, folded);
+      const float* rows = values + range.begin / kFold * kStride;
+      for (int d = 0; d < block.head_dim; d += kLanes) {
+        add_values<1, 1>(p + i, rows + d, depth, fresh, o + i * kStride + d);
+      }
+    }
+  }
+
   PARALLAX_INLINE void pack_panel(const ForwardBlock& block, int first_row, float* rows,
                                   float* panel) {
     with_element(block.dtype, [&](auto element) {
@@ -272,6 +291,7 @@ struct Forward {
       read_tile<Words, kStride>(block.dtype, block.k, block.head_dim, key, first, last, k);
       read_tile<Words, kStride>(block.dtype, block.v, block.head_dim, key, first, last, v);
       const float* values = fold_rows<Words, kStride>(v, kBlockKeys, block.head_dim, folded);
+      int finite = -1;  // not known yet
       for (int g = 0; g < num_panels; ++g) {
         const std::int32_t* low = lo + g * kLanes;
         const std::int32_t* high = hi + g * kLanes;
@@ -287,7 +307,16 @@ struct Forward {
         const Vec shrink = softmax(range, largest, scores, &state[g]);
         float* sums = o + g * kPanelFloats;
         if (!fresh[g]) rescale(shrink, block.head_dim, sums);
-        multiply_values(range, scores, values, block.head_dim, fresh[g], sums);
+        if (range.edge && finite < 0) {
+          finite = all_finite<kFold>(v, kBlockKeys, kStride, block.head_dim / kFold);
+        }
+        if (range.edge && finite == 0) {
+          multiply_values_apart(block, low, high, key, range, scores, fresh[g], v, folded, sums);
+          read_tile<Words, kStride>(block.dtype, block.v, block.head_dim, key, first, last, v);
+          fold_rows<Words, kStride>(v, kBlockKeys, block.head_dim, folded);
+        } else {
+          multiply_values(range, scores, values, block.head_dim, fresh[g], sums);
+        }
         fresh[g] = false;
       }
     }

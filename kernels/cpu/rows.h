@@ -66,6 +66,25 @@ PARALLAX_INLINE void write_row(E, const float* from, int head_dim, void* to) {
   }
 }
 
+// Whether n rows of words hold neither infinity nor NaN. Rows lie `stride` apart, zeros up to whole
+// vectors.
+template <int kFold>
+PARALLAX_INLINE bool all_finite(const float* rows, int n, int stride, int words) {
+  Vec sum = zero();  // of x * 0
+  for (int j = 0; j < n; ++j, rows += stride) {
+    for (int d = 0; d < words; d += kLanes) {
+      if constexpr (kFold == 1) {
+        sum = fma(load(rows + d), zero(), sum);
+      } else {
+        Vec even, odd;
+        load_bf16_pairs(reinterpret_cast<const std::uint16_t*>(rows + d), &even, &odd);
+        sum = fma(odd, zero(), fma(even, zero(), sum));
+      }
+    }
+  }
+  return all(equal(sum, zero()));
+}
+
 PARALLAX_INLINE void clear_row(float* to, int head_dim) {
   for (int d = 0; d < padded(head_dim); d += kLanes) store(to + d, zero());
 }

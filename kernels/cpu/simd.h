@@ -214,10 +214,13 @@ PARALLAX_INLINE Vec load_bf16(const std::uint16_t* p) {
   return x;
 }
 PARALLAX_INLINE void load_bf16_pairs(const std::uint16_t* p, Vec* even, Vec* odd) {
+  Vec a = {}, b = {};
   for (int i = 0; i < kLanes; ++i) {
-    (*even)[i] = from_bits(std::uint32_t{p[2 * i]} << 16);
-    (*odd)[i] = from_bits(std::uint32_t{p[2 * i + 1]} << 16);
+    a[i] = from_bits(std::uint32_t{p[2 * i]} << 16);
+    b[i] = from_bits(std::uint32_t{p[2 * i + 1]} << 16);
   }
+  *even = a;
+  *odd = b;
 }
 PARALLAX_INLINE void store_bf16(std::uint16_t* p, Vec x) {
   for (int i = 0; i < kLanes; ++i) {

@@ -90,7 +90,7 @@ struct Finalized {
 template <class Real>
 PARALLAX_HOST_DEVICE inline Finalized<Real> finalize(const RowState<Real>& state, Real c = 0) {
   Finalized<Real> result;
-  if (!(state.d1 > 0)) return result;
+  if (state.d1 == 0) return result;  // and NaN stays NaN
   result.lse = state.m + std::log(state.d1);
   result.inverse_d1 = Real(1) / state.d1;
   result.centred_t_bar = state.d2 * result.inverse_d1;
