@@ -27,6 +27,9 @@ function(parallax_add_tests room)
       # Without a GPU such a test is reported as skipped, not as passed.
       set_tests_properties(${room}/${stem} PROPERTIES SKIP_REGULAR_EXPRESSION "[[]  SKIPPED []]")
     endif()
+    if(stem MATCHES "_long_test$")
+      set_tests_properties(${room}/${stem} PROPERTIES LABELS long)  # `make test-all` alone
+    endif()
     # Tests share the cores; threads that spin while they wait would take them from each other.
     set_tests_properties(${room}/${stem} PROPERTIES ENVIRONMENT OMP_WAIT_POLICY=passive)
   endforeach()
