@@ -4,6 +4,7 @@ BUILD := build
 CMAKE := .venv/bin/cmake
 JOBS  ?= $(shell nproc)
 DATA  ?=
+export DATA
 
 .PHONY: help setup build demo test test-all fuzz sanitize bench-cpu gpu format lint clean
 help:            ## list the commands
@@ -19,7 +20,7 @@ build: setup     ## build everything into build/
 	@$(CMAKE) --build $(BUILD) -j $(JOBS)
 
 demo: build      ## train softmax, matched softmax and Parallax on real text (DATA=path...)
-	@tools/demo.sh $(DATA)
+	@if [ -e "$$DATA" ]; then tools/demo.sh "$$DATA"; else tools/demo.sh $(DATA); fi
 
 test: build      ## build and run the tests
 	@.venv/bin/ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS) -LE long

@@ -2,11 +2,14 @@
 // The binary `parallax`: hands the command line to the subcommands and turns whatever they throw
 // into one line on stderr. Exit codes: 0 success, 1 failure, 2 usage.
 #include <c10/util/Exception.h>
+#include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <cstdlib>
 #include <exception>
 #include <iostream>
 #include <string>
+#include <string_view>
 
 #include "cli/commands.h"
 
@@ -65,7 +68,19 @@ int run(int argc, char** argv) {
   }
 }
 
+// Training lasts, and often shares its machine: threads of OpenMP that spin while they wait would
+// take most of its speed. OpenMP reads its settings as it is loaded, before main(), so a setting
+// made here takes a second start of the program. What the user has set stays.
+void wait_passively(int argc, char** argv) {
+  if (argc < 2 || std::string_view(argv[1]) != "train" || std::getenv("OMP_WAIT_POLICY")) return;
+  ::setenv("OMP_WAIT_POLICY", "passive", 0);
+  ::execv("/proc/self/exe", argv);  // comes back only where it failed: then they spin
+}
+
 }  // namespace
 }  // namespace parallax::cli
 
-int main(int argc, char** argv) { return parallax::cli::run(argc, argv); }
+int main(int argc, char** argv) {
+  parallax::cli::wait_passively(argc, argv);
+  return parallax::cli::run(argc, argv);
+}

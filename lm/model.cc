@@ -59,6 +59,27 @@ class DecoderLayer : public torch::nn::Module {
     return mixer_->attention_inputs(mixer_input(x), rope);
   }
 
+  // forward() in the steps of CausalLm::trace; `name`: of the layer.
+  at::Tensor trace(const at::Tensor& x, const Rope& rope, const std::string& name,
+                   const CausalLm::Visit& visit) {
+    const at::Tensor normed = mixer_input(x);
+    visit(name + ".input_layernorm", normed);
+    const AttentionInputs inputs = mixer_->attention_inputs(normed, rope);
+    visit(name + ".self_attn.q", inputs.q);
+    if (inputs.r.defined()) visit(name + ".self_attn.r", inputs.r);
+    visit(name + ".self_attn.k", inputs.k);
+    visit(name + ".self_attn.v", inputs.v);
+    const at::Tensor mixed = mixer_->forward(normed, rope);
+    visit(name + ".self_attn", mixed);
+    const at::Tensor y = x + mixed;
+    const at::Tensor ffn_input = rms_norm(y, ffn_norm_->weight, eps_);
+    visit(name + ".post_attention_layernorm", ffn_input);
+    const at::Tensor ffn = ffn_->forward(ffn_input);
+    visit(name + ".mlp", ffn);
+    visit(name, y + ffn);
+    return y + ffn;
+  }
+
  private:
   at::Tensor mixer_input(const at::Tensor& x) { return rms_norm(x, input_norm_->weight, eps_); }
   at::Tensor feed_forward(const at::Tensor& x) {
@@ -188,6 +209,19 @@ AttentionInputs CausalLm::attention_inputs(const at::Tensor& tokens, std::int64_
   at::Tensor x = embed(tokens);
   for (std::int64_t below = 0; below < layer; ++below) x = layers_[below]->forward(x, angles);
   return layers_.at(layer)->attention_inputs(x, angles);
+}
+
+void CausalLm::trace(const at::Tensor& tokens, const Visit& visit) {
+  const at::NoGradGuard no_grad;
+  const Rope angles = rope(at::arange(tokens.size(1), tokens.options()));
+  at::Tensor x = embed(tokens);
+  visit("model.embed_tokens", x);
+  for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
+    x = layers_[layer]->trace(x, angles, "model.layers." + std::to_string(layer), visit);
+  }
+  x = final_norm(x);
+  visit("model.norm", x);
+  for (std::int64_t b = 0; b < x.size(0); ++b) visit("lm_head", logits(x[b]));
 }
 
 KvCache CausalLm::make_cache(const KvCacheShape& shape) const {

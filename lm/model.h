@@ -6,7 +6,9 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "lm/config.h"
@@ -64,6 +66,12 @@ class CausalLm : public torch::nn::Module {
 
   // What layer `layer` attends with, for tokens [batch, len].
   AttentionInputs attention_inputs(const at::Tensor& tokens, std::int64_t layer);
+
+  // The forward pass of tokens [batch, len] once more, without gradients: each activation in the
+  // order in which it arises, under the name of the module that it comes out of
+  // ("model.layers.3.mlp"; attention's inputs as "model.layers.3.self_attn.q").
+  using Visit = std::function<void(const std::string& name, const at::Tensor& activation)>;
+  void trace(const at::Tensor& tokens, const Visit& visit);
 
   // An empty cache with this model's heads, compute dtype and device.
   KvCache make_cache(const KvCacheShape& shape) const;

@@ -206,11 +206,14 @@ struct Trainer::Impl {
     optimizer.zero_grad();
     double nats = 0;
     std::int64_t tokens = 0, bytes = 0;
+    at::Tensor suspect;  // the tokens of the first loss that is not finite
     for (std::int64_t pass = 0; pass < config.train.accumulate; ++pass) {
       const Batch batch = sampler.next(config.train.batch_size);
       const at::Tensor loss = model->loss(batch.tokens.to(device), batch.targets.to(device));
       (loss / static_cast<double>(config.train.accumulate)).backward();
-      nats += loss.item<double>() * static_cast<double>(batch.targets.numel());
+      const double loss_value = loss.item<double>();
+      if (!std::isfinite(loss_value) && !suspect.defined()) suspect = batch.tokens;
+      nats += loss_value * static_cast<double>(batch.targets.numel());
       tokens += batch.targets.numel();
       bytes += batch.bytes;
     }
@@ -220,7 +223,7 @@ struct Trainer::Impl {
     pending_tokens += tokens;
     const double grad_norm = clip_grad_norm(parameters, config.train.grad_clip);
     if (!std::isfinite(nats) || !std::isfinite(grad_norm)) {
-      skip_or_stop(std::isfinite(nats));
+      skip_or_stop(suspect);
       return grad_norm;
     }
     state.window_nats += nats;
@@ -231,23 +234,34 @@ struct Trainer::Impl {
   }
 
   // Counts a step that made no update, where the config wants that and the weights are still good.
-  void skip_or_stop(bool loss_is_finite) {
+  // `suspect`: tokens whose loss is not finite; undefined where a gradient alone is not.
+  void skip_or_stop(const at::Tensor& suspect) {
     const std::string bad_weight = first_not_finite(false);
     if (config.train.nonfinite == "skip" && bad_weight.empty()) {
       ++state.skipped;
       return;
     }
-    std::string what = "the loss";
-    if (!bad_weight.empty()) {
-      what = bad_weight;
-    } else if (loss_is_finite) {
-      what = "the gradient of " + first_not_finite(true);
+    std::string what = bad_weight + " is not finite";
+    if (bad_weight.empty() && suspect.defined()) {
+      what = "the loss is not finite, and first the output of " + first_bad_activation(suspect);
+    } else if (bad_weight.empty()) {
+      what = "the gradient of " + first_not_finite(true) + " is not finite";
     }
-    throw Error("step " + std::to_string(state.step) + ": " + what + " is not finite; " +
+    throw Error("step " + std::to_string(state.step) + ": " + what + "; " +
                 (last_checkpoint.empty()
                      ? "no checkpoint was saved yet"
                      : "the last good checkpoint is " + last_checkpoint.string()) +
                 "; lower optimizer.lr, or set train.nonfinite = \"skip\"");
+  }
+
+  // The name of the first activation of these tokens' forward pass that is not finite: of the loss
+  // itself, where all others are.
+  std::string first_bad_activation(const at::Tensor& tokens) {
+    std::string first;
+    model->trace(tokens.to(device), [&](const std::string& name, const at::Tensor& activation) {
+      if (first.empty() && !is_finite(activation)) first = name;
+    });
+    return first.empty() ? "the cross-entropy" : first;
   }
 
   // The name of the first weight, or weight's gradient, that is not finite.

@@ -55,6 +55,32 @@ TEST(CausalLm, HasTheNamesOfHuggingFacesQwen3) {
                  "model.layers.0.mlp.down_proj.weight", "model.norm.weight", "lm_head.weight"));
 }
 
+TEST_P(BothMixers, TraceGivesEachActivationWhereItArises) {
+  CausalLm model(small_config(GetParam()), 3);
+  const at::Tensor tokens = random_tokens(1, 9, 31);
+  at::Tensor last;
+  model.trace(tokens, [&](const std::string&, const at::Tensor& x) { last = x; });
+  EXPECT_TRUE(at::equal(last, model.logits(model.hidden(tokens))[0]));
+
+  const auto first_bad = [&](const std::string& weight) {
+    const at::NoGradGuard no_grad;
+    at::Tensor tensor = model.named_parameters()[weight];
+    const at::Tensor before = tensor.clone();
+    tensor.flatten()[5] = std::nan("");
+    std::string first;
+    model.trace(tokens, [&](const std::string& name, const at::Tensor& x) {
+      if (first.empty() && !at::isfinite(x).all().item<bool>()) first = name;
+    });
+    tensor.copy_(before);
+    return first;
+  };
+  EXPECT_EQ(first_bad("model.layers.0.input_layernorm.weight"), "model.layers.0.input_layernorm");
+  EXPECT_EQ(first_bad("model.layers.0.self_attn.k_proj.weight"), "model.layers.0.self_attn.k");
+  EXPECT_EQ(first_bad("model.layers.1.self_attn.o_proj.weight"), "model.layers.1.self_attn");
+  EXPECT_EQ(first_bad("model.layers.1.mlp.down_proj.weight"), "model.layers.1.mlp");
+  EXPECT_EQ(first_bad("model.norm.weight"), "model.norm");
+}
+
 TEST(CausalLm, ArmsStartEqualWhereShapesAgree) {
   const auto parallax = CausalLm(small_config("parallax"), 7).named_parameters();
   const auto softmax = CausalLm(small_config("softmax"), 7).named_parameters();

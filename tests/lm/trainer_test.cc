@@ -232,6 +232,17 @@ TEST_F(TrainerTest, AGradientThatIsNotFiniteStopsOrIsSkipped) {
   }
 }
 
+// Embeddings of zero, and a norm that divides by their root mean square.
+TEST_F(TrainerTest, ALossThatIsNotFiniteNamesTheFirstActivationThatIsNot) {
+  Config config = this->config();
+  config.model.init_std = 0;
+  config.model.rms_norm_eps = 0;
+  EXPECT_THAT(error_of([&] { train(config, "stop"); }),
+              HasSubstr("step 1: the loss is not finite, and first the output of "
+                        "model.layers.0.input_layernorm; no checkpoint was saved yet"));
+  EXPECT_TRUE(checkpoint_steps(run_path("stop")).empty());
+}
+
 TEST_F(TrainerTest, WeightsThatAreNotFiniteAreNamedAndNeverSaved) {
   stop_after(4, config(), "run");
   Config config = this->config();

@@ -55,3 +55,18 @@ def test_a_missing_text_leaves_the_last_demo(built_tree):
     (last.parent / ".made-by-demo").touch()
     expect_refusal(built_tree, "no/such.txt", says="no/such.txt")
     assert last.read_text() == "last"
+
+
+@pytest.mark.parametrize("data, arguments", [
+    ("", []), ("a.txt b.txt", ["a.txt", "b.txt"]), ("my texts/a b.txt", ["my texts/a b.txt"]),
+    ("'my texts/a b.txt' c.txt", ["my texts/a b.txt", "c.txt"])])  # fmt: skip
+def test_make_passes_paths_with_spaces(tree, data, arguments):
+    shutil.copy(ROOT / "Makefile", tree)
+    demo = tree / "tools" / "demo.sh"
+    demo.write_text("#!/bin/sh\nfor path; do echo \"$path\"; done\n")
+    (tree / "my texts").mkdir()
+    (tree / "my texts" / "a b.txt").touch()
+    done = subprocess.run(["make", "-s", "-o", "build", "demo", f"DATA={data}"], cwd=tree,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == arguments
