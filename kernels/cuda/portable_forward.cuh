@@ -4,7 +4,8 @@
 // The Hopper forward's packed virtual rows on mma.sync: in every 16-row slab of a warp, row g is
 // query g's q and row g + 8 its r, so that logits, probes and sums of a query sit in one thread
 // (packed_rows.cuh). A block owns a tile of queries and walks its key tiles from the last to the
-// first; a tile of K arrives under the products with V, a tile of V under those with K.
+// first; q and r stay in registers, K and V arrive through two stages, one under the products of
+// the other.
 #pragma once
 
 #include "cuda/launch.h"
@@ -23,10 +24,13 @@ struct PortableForwardBlock {
   static constexpr int kSlabs = kTile.slabs;
   using Rows = mma::Rows<kHeadDim>;
   using Row = PackedRow<T, kKeys>;
-  // Shared memory, in bytes: the q and r tile, a tile of K, a tile of V.
-  static constexpr int kKeysAt = 2 * kTile.queries() * Rows::kBytes;
-  static constexpr int kValuesAt = kKeysAt + kKeys * Rows::kBytes;
-  static constexpr int kSharedBytes = kValuesAt + kKeys * Rows::kBytes;
+  // Shared memory, in bytes: two stages of a tile of K and a tile of V; before them, on its way to
+  // registers, the q and r tile.
+  static constexpr int kKeyBytes = kKeys * Rows::kBytes;
+  static constexpr int kStageBytes = 2 * kKeyBytes;
+  static constexpr int kPackedBytes = 2 * kTile.queries() * Rows::kBytes;
+  static constexpr int kSharedBytes =
+      kPackedBytes > 2 * kStageBytes ? kPackedBytes : 2 * kStageBytes;
 
   const PortableForwardParams& params;
   std::uint32_t memory;  // shared
@@ -34,6 +38,7 @@ struct PortableForwardBlock {
   int first_query;  // of this warp, and
   int q_len;
 
+  std::uint32_t packed[kSlabs][kHeadDim / 16][4];  // q and r, as operands
   float s[kSlabs][kKeys / 2];
   float o[kSlabs][kHeadDim / 2];
   Row rows[kSlabs];
@@ -59,6 +64,19 @@ struct PortableForwardBlock {
     copy(params.r, 1);
   }
 
+  __device__ __forceinline__ void load_queries() {
+    const std::uint32_t own =
+        Rows::down(memory + (ptx::thread_index() >> 5) * kSlabs * 16 * Rows::kBytes);
+#pragma unroll
+    for (int slab = 0; slab < kSlabs; ++slab) {
+#pragma unroll
+      for (int k = 0; k < kHeadDim / 16; ++k) {
+        ptx::load_matrices(packed[slab][k], Rows::at(own, 16 * slab, k));
+      }
+    }
+  }
+
+  // Key tile `tile` of k or v.
   __device__ __forceinline__ void copy_keys(std::uint32_t to, const T* source, const KvRows& tokens,
                                             Range seen, int tile) const {
     const int first = tile * kKeys;
@@ -68,11 +86,9 @@ struct PortableForwardBlock {
         [](int n) { return n; });
   }
 
-  // Logits and probes of the tile in shared memory.
-  __device__ __forceinline__ void multiply_keys() {
-    const std::uint32_t packed =
-        Rows::down(memory + (ptx::thread_index() >> 5) * kSlabs * 16 * Rows::kBytes);
-    const std::uint32_t keys = Rows::across(memory + kKeysAt);
+  // Logits and probes of the tile of K at `keys`.
+  __device__ __forceinline__ void multiply_keys(std::uint32_t keys) {
+    const std::uint32_t across = Rows::across(keys);
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
@@ -80,27 +96,22 @@ struct PortableForwardBlock {
     }
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
-      std::uint32_t a[kSlabs][4];
-#pragma unroll
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        ptx::load_matrices(a[slab], Rows::at(packed, 16 * slab, k));
-      }
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         std::uint32_t b[4];
-        ptx::load_matrices(b, Rows::at(keys, 16 * n, k));
+        ptx::load_matrices(b, Rows::at(across, 16 * n, k));
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab) {
-          mma::multiply<T>(s[slab] + 8 * n, a[slab], b[0], b[1]);
-          mma::multiply<T>(s[slab] + 8 * n + 4, a[slab], b[2], b[3]);
+          mma::multiply<T>(s[slab] + 8 * n, packed[slab][k], b[0], b[1]);
+          mma::multiply<T>(s[slab] + 8 * n + 4, packed[slab][k], b[2], b[3]);
         }
       }
     }
   }
 
-  // o += {p, w} V.
-  __device__ __forceinline__ void multiply_values() {
-    const std::uint32_t values = Rows::down(memory + kValuesAt);
+  // o += {p, w} V, the tile of V at `values`.
+  __device__ __forceinline__ void multiply_values(std::uint32_t values) {
+    const std::uint32_t down = Rows::down(values);
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k) {
       std::uint32_t a[kSlabs][4];
@@ -114,7 +125,7 @@ struct PortableForwardBlock {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 16; ++n) {
         std::uint32_t b[4];
-        ptx::load_matrices_transposed(b, Rows::at(values, 16 * k, n));
+        ptx::load_matrices_transposed(b, Rows::at(down, 16 * k, n));
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab) {
           mma::multiply<T>(o[slab] + 8 * n, a[slab], b[0], b[1]);
@@ -191,25 +202,29 @@ struct PortableForwardBlock {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o[slab][i] = 0.0f;
     }
+    const auto copy_tile = [&](int stage, int tile) {
+      copy_keys(memory + stage * kStageBytes, k, k_rows, seen, tile);
+      copy_keys(memory + stage * kStageBytes + kKeyBytes, v, v_rows, seen, tile);
+    };
     int tile = tiles.first + tiles.count - 1;
     if (tiles.count > 0) {
       copy_queries(sequence, head, q_begin, q_end - q_begin);
-      copy_keys(memory + kKeysAt, k, k_rows, seen, tile);
+      mma::wait_copies();
+      __syncthreads();
+      load_queries();
+      __syncthreads();
+      copy_tile(0, tile);
     }
+    int stage = 0;
 #pragma unroll 1
-    for (; tile >= tiles.first; --tile) {
-      const bool meets = tile >= own.first && tile < own.first + own.count;
+    for (; tile >= tiles.first; --tile, stage ^= 1) {
       mma::wait_copies();
-      __syncthreads();  // K has landed, everyone is done with V
-      copy_keys(memory + kValuesAt, v, v_rows, seen, tile);
-      if (meets) multiply_keys();
-      mma::wait_copies();
-      __syncthreads();  // V has landed, everyone is done with K
-      if (tile > tiles.first) copy_keys(memory + kKeysAt, k, k_rows, seen, tile - 1);
-      if (meets) {
-        softmax(tile, tile >= interior.begin && tile < interior.end);
-        multiply_values();
-      }
+      __syncthreads();  // the tile has landed, everyone is done with the other stage
+      if (tile > tiles.first) copy_tile(stage ^ 1, tile - 1);
+      if (tile < own.first || tile >= own.first + own.count) continue;
+      multiply_keys(memory + stage * kStageBytes);
+      softmax(tile, tile >= interior.begin && tile < interior.end);
+      multiply_values(memory + stage * kStageBytes + kKeyBytes);
     }
     store(sequence, head);
   }

@@ -15,16 +15,16 @@ struct PortableForwardTile {
   int warps;
   int slabs;   // a warp
   int keys;    // of a tile
-  int blocks;  // that registers and shared memory leave room for on a multiprocessor of 164 KB
+  int blocks;  // a multiprocessor, whose registers and shared memory are to hold so many
 
   PARALLAX_HOST_DEVICE constexpr int queries() const { return 8 * slabs * warps; }
   PARALLAX_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
 };
 
 PARALLAX_HOST_DEVICE constexpr PortableForwardTile portable_forward_tile(int head_dim) {
-  if (head_dim <= 64) return {4, 2, 64, 3};
-  if (head_dim <= 128) return {4, 2, 64, 2};
-  return {8, 1, 32, 1};
+  if (head_dim <= 64) return {4, 2, 32, 3};
+  if (head_dim <= 128) return {4, 2, 32, 2};
+  return {8, 1, 48, 1};
 }
 
 struct PortableForwardParams {
