@@ -4,8 +4,8 @@
 // The Hopper forward's packed virtual rows on mma.sync: in every 16-row slab of a warp, row g is
 // query g's q and row g + 8 its r, so that logits, probes and sums of a query sit in one thread
 // (packed_rows.cuh). A block owns a tile of queries and walks its key tiles from the last to the
-// first; q and r stay in registers, K and V arrive through two stages, one under the products of
-// the other.
+// first. With two stages of K and V a tile arrives under the products of the one before it; with
+// one, K arrives under the products with V, and V under those with K.
 #pragma once
 
 #include "cuda/launch.h"
@@ -24,13 +24,14 @@ struct PortableForwardBlock {
   static constexpr int kSlabs = kTile.slabs;
   using Rows = mma::Rows<kHeadDim>;
   using Row = PackedRow<T, kKeys>;
-  // Shared memory, in bytes: two stages of a tile of K and a tile of V; before them, on its way to
-  // registers, the q and r tile.
+  // Shared memory, in bytes: the q and r tile, then stages of a tile of K and a tile of V. q and r
+  // that stay in registers leave their place to the stages.
+  static constexpr int kPackedBytes = 2 * kTile.queries() * Rows::kBytes;
+  static constexpr int kStagesAt = kTile.q_in_registers ? 0 : kPackedBytes;
   static constexpr int kKeyBytes = kKeys * Rows::kBytes;
   static constexpr int kStageBytes = 2 * kKeyBytes;
-  static constexpr int kPackedBytes = 2 * kTile.queries() * Rows::kBytes;
-  static constexpr int kSharedBytes =
-      kPackedBytes > 2 * kStageBytes ? kPackedBytes : 2 * kStageBytes;
+  static constexpr int kUsedBytes = kStagesAt + kTile.stages * kStageBytes;
+  static constexpr int kSharedBytes = kUsedBytes > kPackedBytes ? kUsedBytes : kPackedBytes;
 
   const PortableForwardParams& params;
   std::uint32_t memory;  // shared
@@ -38,7 +39,8 @@ struct PortableForwardBlock {
   int first_query;  // of this warp, and
   int q_len;
 
-  std::uint32_t packed[kSlabs][kHeadDim / 16][4];  // q and r, as operands
+  std::uint32_t packed[kTile.q_in_registers ? kHeadDim / 16 : 1][kSlabs]
+                      [4];  // q and r, as operands
   float s[kSlabs][kKeys / 2];
   float o[kSlabs][kHeadDim / 2];
   Row rows[kSlabs];
@@ -64,16 +66,22 @@ struct PortableForwardBlock {
     copy(params.r, 1);
   }
 
-  __device__ __forceinline__ void load_queries() {
+  // Columns [16 k, 16 k + 16) of the warp's q and r.
+  __device__ __forceinline__ void load_queries(std::uint32_t (&a)[kSlabs][4], int k) const {
     const std::uint32_t own =
         Rows::down(memory + (ptx::thread_index() >> 5) * kSlabs * 16 * Rows::kBytes);
 #pragma unroll
     for (int slab = 0; slab < kSlabs; ++slab) {
-#pragma unroll
-      for (int k = 0; k < kHeadDim / 16; ++k) {
-        ptx::load_matrices(packed[slab][k], Rows::at(own, 16 * slab, k));
-      }
+      ptx::load_matrices(a[slab], Rows::at(own, 16 * slab, k));
     }
+  }
+
+  __device__ __forceinline__ void keep_queries() {
+    mma::wait_copies();
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) load_queries(packed[k], k);
+    __syncthreads();
   }
 
   // Key tile `tile` of k or v.
@@ -96,14 +104,16 @@ struct PortableForwardBlock {
     }
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
+      auto& a = packed[kTile.q_in_registers ? k : 0];
+      if constexpr (!kTile.q_in_registers) load_queries(a, k);
 #pragma unroll
       for (int n = 0; n < kKeys / 16; ++n) {
         std::uint32_t b[4];
         ptx::load_matrices(b, Rows::at(across, 16 * n, k));
 #pragma unroll
         for (int slab = 0; slab < kSlabs; ++slab) {
-          mma::multiply<T>(s[slab] + 8 * n, packed[slab][k], b[0], b[1]);
-          mma::multiply<T>(s[slab] + 8 * n + 4, packed[slab][k], b[2], b[3]);
+          mma::multiply<T>(s[slab] + 8 * n, a[slab], b[0], b[1]);
+          mma::multiply<T>(s[slab] + 8 * n + 4, a[slab], b[2], b[3]);
         }
       }
     }
@@ -202,29 +212,45 @@ struct PortableForwardBlock {
 #pragma unroll
       for (int i = 0; i < kHeadDim / 2; ++i) o[slab][i] = 0.0f;
     }
-    const auto copy_tile = [&](int stage, int tile) {
-      copy_keys(memory + stage * kStageBytes, k, k_rows, seen, tile);
-      copy_keys(memory + stage * kStageBytes + kKeyBytes, v, v_rows, seen, tile);
+    constexpr bool kTwoStages = kTile.stages == 2;
+    std::uint32_t stage = memory + kStagesAt;
+    const auto copy_k = [&](std::uint32_t to, int tile) { copy_keys(to, k, k_rows, seen, tile); };
+    const auto copy_v = [&](std::uint32_t to, int tile) {
+      copy_keys(to + kKeyBytes, v, v_rows, seen, tile);
     };
     int tile = tiles.first + tiles.count - 1;
     if (tiles.count > 0) {
       copy_queries(sequence, head, q_begin, q_end - q_begin);
-      mma::wait_copies();
-      __syncthreads();
-      load_queries();
-      __syncthreads();
-      copy_tile(0, tile);
+      if constexpr (kTile.q_in_registers) keep_queries();
+      copy_k(stage, tile);
+      if constexpr (kTwoStages) copy_v(stage, tile);
     }
-    int stage = 0;
 #pragma unroll 1
-    for (; tile >= tiles.first; --tile, stage ^= 1) {
+    for (; tile >= tiles.first; --tile) {
+      const bool meets = tile >= own.first && tile < own.first + own.count;
+      const bool more = tile > tiles.first;
       mma::wait_copies();
-      __syncthreads();  // the tile has landed, everyone is done with the other stage
-      if (tile > tiles.first) copy_tile(stage ^ 1, tile - 1);
-      if (tile < own.first || tile >= own.first + own.count) continue;
-      multiply_keys(memory + stage * kStageBytes);
-      softmax(tile, tile >= interior.begin && tile < interior.end);
-      multiply_values(memory + stage * kStageBytes + kKeyBytes);
+      __syncthreads();  // K has landed, everyone is done with what the next copies overwrite
+      const std::uint32_t current = stage;
+      if constexpr (kTwoStages) {
+        stage = 2 * (memory + kStagesAt) + kStageBytes - stage;
+        if (more) {
+          copy_k(stage, tile - 1);
+          copy_v(stage, tile - 1);
+        }
+      } else {
+        copy_v(stage, tile);
+      }
+      if (meets) multiply_keys(current);
+      if constexpr (!kTwoStages) {
+        mma::wait_copies();
+        __syncthreads();  // V has landed, everyone is done with K
+        if (more) copy_k(stage, tile - 1);
+      }
+      if (meets) {
+        softmax(tile, tile >= interior.begin && tile < interior.end);
+        multiply_values(current + kKeyBytes);
+      }
     }
     store(sequence, head);
   }

@@ -10,21 +10,24 @@
 
 namespace parallax {
 
-// The shape of a block's work, by padded head dim. A slab is 16 virtual rows: 8 queries.
+// The shape of a block's work, by padded head dim. A slab is 16 virtual rows: 8 queries. Two stages
+// cost shared memory and save a barrier a tile; docs/kernels.md has what was measured.
 struct PortableForwardTile {
   int warps;
-  int slabs;   // a warp
-  int keys;    // of a tile
-  int blocks;  // a multiprocessor, whose registers and shared memory are to hold so many
+  int slabs;            // a warp
+  int keys;             // of a tile
+  int stages;           // of K and V
+  bool q_in_registers;  // else read from shared memory for every tile
+  int blocks;           // a multiprocessor whose registers and shared memory are to hold so many
 
   PARALLAX_HOST_DEVICE constexpr int queries() const { return 8 * slabs * warps; }
   PARALLAX_HOST_DEVICE constexpr int threads() const { return 32 * warps; }
 };
 
 PARALLAX_HOST_DEVICE constexpr PortableForwardTile portable_forward_tile(int head_dim) {
-  if (head_dim <= 64) return {4, 2, 32, 3};
-  if (head_dim <= 128) return {4, 2, 32, 2};
-  return {8, 1, 48, 1};
+  if (head_dim <= 64) return {4, 2, 64, 2, false, 3};
+  if (head_dim <= 128) return {4, 2, 64, 1, false, 2};
+  return {8, 1, 48, 2, true, 1};
 }
 
 struct PortableForwardParams {
