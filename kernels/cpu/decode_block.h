@@ -59,6 +59,7 @@ class Decode {
   struct Step {
     const char* tokens[kStep];
   };
+
   // Token i of each stream; streams are `steps` tokens long. May lie at or behind the end.
   std::int64_t token(int stream, int i, int steps) const {
     return block_.begin + std::int64_t{stream} * steps + i;
