@@ -28,7 +28,10 @@ struct DecodeCta {
     const DecodeSpan begun = params.schedule.spans[span];
     const RowMask mask = row_mask({static_cast<int>(params.problem.q_len), begun.kv_begin,
                                    begun.kv_end, params.problem.causal, params.problem.window});
-    shared.walk = {begun, begun.sequence, begun.unit, begun.block, begun.num_blocks, mask};
+    shared.walk = {
+        begun,       begun.sequence,   begun.unit,
+        begun.block, begun.num_blocks, static_cast<int>(blockIdx.x) - span * params.width,
+        mask};
   }
 
   // One thread: the item at shared.walk (no blocks: there is none), and the walk to the next.
@@ -40,8 +43,7 @@ struct DecodeCta {
     constexpr int kBlockKeys = decode_block_keys(sizeof(Cache));
     const DecodeBlocks blocks =
         decode_blocks(walk.mask, static_cast<int>(params.problem.q_len), kBlockKeys);
-    const int lane_of_unit = static_cast<int>(blockIdx.x) % params.width;
-    const int pair = walk.unit * params.width + lane_of_unit;
+    const int pair = walk.unit * params.width + walk.place_in_unit;
     const int rows = Shared::kWarpRows * params.team;
     item.sequence = walk.sequence;
     item.kv_head = params.passes == 1 ? pair : pair / params.passes;

@@ -52,9 +52,9 @@ Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
                      cudaStream_t stream);
 
 // Cuts the line of blocks of block_keys keys into at most `max_spans` spans and clears the
-// counters.
+// counters. align: where it can be, so that no item is split.
 Status launch_decode_schedule(const AttentionProblem& problem, const Sequences& sequences,
-                              int block_keys, int max_spans, int width, int units,
+                              int block_keys, int max_spans, int width, int units, bool align,
                               const DecodeSchedule& schedule, cudaStream_t stream);
 
 }  // namespace parallax

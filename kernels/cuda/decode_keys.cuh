@@ -80,35 +80,49 @@ struct DecodeKeys {
     return exists ? page : -1;
   }
 
+  // Lanes find the rows of one key each and pass on where they are; 16 bytes of a row a copy.
   __device__ __forceinline__ void load_slice(const DecodeItem& item, int stage, int key,
                                              int next_key) {
-    const int page = next_page;
+    const std::int64_t page = next_page;
     next_page = page_of(item, next_key);
+    const bool is_seen = page >= 0;
+    const std::int64_t slot = (key + lane % kKeys) & params.page_mask;
+    const std::int64_t k_row =
+        is_seen ? page * params.k.batch_stride + slot * params.k.len_stride : 0;
+    const std::int64_t v_row =
+        is_seen ? page * params.v.batch_stride + slot * params.v.len_stride : 0;
     constexpr int kElements = 16 / sizeof(Cache);  // of a copy
     const int chunk = lane % kChunks;
     const int lane_row = lane / kChunks;
     const int head_dim = static_cast<int>(params.problem.head_dim);
-    const int bytes =
-        min(max(head_dim - chunk * kElements, 0), kElements) * static_cast<int>(sizeof(Cache));
-    const auto* k = static_cast<const Cache*>(params.k.data) + item.kv_head * params.k.head_stride +
-                    chunk * kElements;
-    const auto* v = static_cast<const Cache*>(params.v.data) + item.kv_head * params.v.head_stride +
-                    chunk * kElements;
+    const int left = head_dim - chunk * kElements;
+    // Where there is nothing to copy, an address is needed all the same.
+    const int column = left > 0 ? chunk * kElements : 0;
+    unsigned seen = __ballot_sync(0xffffffffu, is_seen) >> lane_row;
+    if (left <= 0) seen = 0;
+    const auto* k =
+        static_cast<const Cache*>(params.k.data) + item.kv_head * params.k.head_stride + column;
+    const auto* v =
+        static_cast<const Cache*>(params.v.data) + item.kv_head * params.v.head_stride + column;
     const std::uint32_t base =
         slice_address(stage) + lane_row * kRowBytes + ((chunk ^ swizzle(lane_row)) << 4);
+    const std::uint64_t policy = mma::first_out_policy();
 #pragma unroll kUnroll
     for (int i = 0; i < kCopies; ++i) {
       const int first = i * kRowsPerCopy;
-      const int row_page = __shfl_sync(0xffffffffu, page, first + lane_row);
+      const std::int64_t k_offset = __shfl_sync(0xffffffffu, k_row, first + lane_row);
+      const std::int64_t v_offset = __shfl_sync(0xffffffffu, v_row, first + lane_row);
       if ((i & (params.team - 1)) != member) continue;
-      const int slot = (key + first + lane_row) & params.page_mask;
-      const int copied = row_page >= 0 ? bytes : 0;
-      const std::int64_t page_row = copied > 0 ? row_page : 0;
+      const bool there = (seen >> first) & 1;
       const std::uint32_t to = (base + first * kRowBytes) ^ (swizzle(first) << 4);
-      mma::copy_async(to, k + page_row * params.k.batch_stride + slot * params.k.len_stride,
-                      copied);
-      mma::copy_async(to + Shared::kSliceBytes,
-                      v + page_row * params.v.batch_stride + slot * params.v.len_stride, copied);
+      if (kIsFp8 && head_dim % kElements != 0) {
+        const int bytes = there ? min(left, kElements) * static_cast<int>(sizeof(Cache)) : 0;
+        mma::copy_async(to, k + k_offset, bytes);
+        mma::copy_async(to + Shared::kSliceBytes, v + v_offset, bytes);
+      } else {
+        mma::copy_async(to, k + k_offset, there, policy);
+        mma::copy_async(to + Shared::kSliceBytes, v + v_offset, there, policy);
+      }
     }
   }
 
@@ -137,20 +151,21 @@ struct DecodeKeys {
   // q (place 0) or r (place 1) of this thread's row of a tile; null: zeros. The k-th 16 columns of
   // a product are any 16 of head_dim, as long as both operands agree: an FP8 cache's fragments hold
   // four neighbours where 16-bit ones hold two and two.
-  __device__ __forceinline__ void load_row(const T* from, int tile, int place) {
+  __device__ __forceinline__ void load_row(const T* from, bool exists, int tile, int place) {
     constexpr int kNeighbours = kIsFp8 ? 4 : 2;
+    const int head_dim = static_cast<int>(params.problem.head_dim);
+    from += kNeighbours * (lane % 4);
 #pragma unroll
     for (int i = 0; i < kHeadDim / (4 * kNeighbours); ++i) {
-      const int column = kNeighbours * (4 * i + lane % 4);
-      const bool there = from != nullptr && column < params.problem.head_dim;
+      const bool there = exists && kNeighbours * (4 * i + lane % 4) < head_dim;
+      const T* at = from + 4 * kNeighbours * i;
       if constexpr (kIsFp8) {
-        const uint2 words =
-            there ? __ldg(reinterpret_cast<const uint2*>(from + column)) : make_uint2(0, 0);
+        const uint2 words = there ? __ldg(reinterpret_cast<const uint2*>(at)) : make_uint2(0, 0);
         a[tile][i][place] = operand(words.x);
         a[tile][i][2 + place] = operand(words.y);
       } else {
         a[tile][i / 2][2 * (i % 2) + place] =
-            there ? __ldg(reinterpret_cast<const unsigned*>(from + column)) : 0u;
+            there ? __ldg(reinterpret_cast<const unsigned*>(at)) : 0u;
       }
     }
   }
@@ -169,8 +184,8 @@ struct DecodeKeys {
       };
       const T* q = row_in(params.q);
       const T* r = row_in(params.r);
-      load_row(exists ? q : nullptr, tile, 0);
-      load_row(exists ? r : nullptr, tile, 1);
+      load_row(q, exists, tile, 0);
+      load_row(r, exists, tile, 1);
       row[tile] = DecodeRow{};
       if (lane % 4 == 0) {
         shared.seen[warp][8 * tile + lane / 4] = exists ? item.mask.keys(place.token) : Range{0, 0};
@@ -264,7 +279,8 @@ struct DecodeKeys {
       }
       sum = quad_sum(sum);
       count = quad_sum(count);
-      if (state.m == kNoMaximum && count > 0.0f) state.c = sum / count;
+      // Of one key, exactly its t.
+      if (state.m == kNoMaximum) state.c = count > 1.0f ? __fdividef(sum, count) : sum;
     }
     const float factor = ptx::exp2(state.m - raised);
     state.m = raised;
@@ -326,7 +342,7 @@ struct DecodeKeys {
   }
 
   __device__ __forceinline__ void compute_slice(const DecodeItem& item, int stage, int key) {
-#pragma unroll kUnroll
+#pragma unroll 1
     for (int step = 0; step < kKeys; step += kStepKeys) {
       compute_step(item, slice_address(stage) + step * kRowBytes, key + step);
     }
@@ -339,23 +355,22 @@ struct DecodeKeys {
     const int count = item.num_blocks * params.team;
     const int key = item.first_key + way * kKeys;
     next_page = page_of(item, key);
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      if (i < count) load_slice(item, i, key + i * step, key + (i + 1) * step);
-      mma::close_copy_group();
-    }
     load_rows(item);
-    int to = kStages - 1;
+    int to = 0;
     int from = 0;
+    // kStages - 1 steps only load: one copy of the code, which starts out cold.
 #pragma unroll 1
-    for (int n = 0; n < count; ++n) {
-      mma::wait_copy_groups<kStages - 2>();
-      sync_team();
+    for (int n = 1 - kStages; n < count; ++n) {
+      if (n >= 0) {
+        mma::wait_copy_groups<kStages - 2>();
+        sync_team();
+      }
       const int ahead = n + kStages - 1;
       if (ahead < count) load_slice(item, to, key + ahead * step, key + (ahead + 1) * step);
       mma::close_copy_group();
-      compute_slice(item, from, key + n * step);
       to = to + 1 == kStages ? 0 : to + 1;
+      if (n < 0) continue;
+      compute_slice(item, from, key + n * step);
       from = from + 1 == kStages ? 0 : from + 1;
     }
     mma::wait_copy_groups<0>();
@@ -370,7 +385,7 @@ struct DecodeKeys {
     for (int i = params.ways - 1; i >= 0; --i) {
       const DecodeRow& part = shared.meeting.parts[i * params.team + member][local];
       total.m = fmaxf(total.m, part.m);
-      total.c = part.d1 > 0 ? part.c : total.c;
+      total.c = part.d1 != 0 ? part.c : total.c;
     }
     for (int i = 0; i < params.ways; ++i)
       total.add(shared.meeting.parts[i * params.team + member][local]);

@@ -20,6 +20,9 @@ namespace {
 constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr std::int64_t kMaxLen = (1 << 30) - 256;  // masks add two lengths in 32 bits
 constexpr std::size_t kAlignment = 256;
+// From so many rows on the merge of a split item costs more than spans of odd lengths win: equal
+// ones that begin at equal distances meet the same memory channels.
+constexpr int kManyRows = 8;
 
 std::int64_t ceil_div64(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::size_t aligned(std::size_t bytes) {
@@ -224,7 +227,8 @@ Status enqueue_schedule(const DecodePlan& plan, const Geometry& geometry,
   problem.window = std::min(problem.window, kMaxLen);
   return launch_decode_schedule(problem, sequences, geometry.block_keys,
                                 static_cast<int>(geometry.spans), static_cast<int>(geometry.width),
-                                static_cast<int>(geometry.units), schedule, stream);
+                                static_cast<int>(geometry.units), geometry.rows >= kManyRows,
+                                schedule, stream);
 }
 
 }  // namespace

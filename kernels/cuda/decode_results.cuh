@@ -21,12 +21,14 @@ struct DecodeResults {
   int warp;
   int lane;
 
-  // Sums of four columns of the CTA's row `of` over its warps.
-  __device__ __forceinline__ DecodeSums collect(int of, int column) const {
+  // Sums of four columns of the CTA's row `of` over `num_parts` that have met in shared memory.
+  __device__ __forceinline__ DecodeSums collect(int of, int column, int num_parts) const {
     const int local = of % Shared::kWarpRows;
     DecodeSums sum;
     sum.row = shared.meeting.totals[of];
-    for (int from = of / Shared::kWarpRows; from < kDecodeWarps; from += params.team) {
+    int from = of / Shared::kWarpRows;
+#pragma unroll 1
+    for (int i = 0; i < num_parts; ++i, from += params.team) {
       sum.o1 = sum.o1 + *reinterpret_cast<const float4*>(&shared.meeting.o1[from][local][column]);
       sum.o2 = sum.o2 + *reinterpret_cast<const float4*>(&shared.meeting.o2[from][local][column]);
     }
@@ -50,7 +52,7 @@ struct DecodeResults {
     RowState<float> state;
     state.d1 = sum.row.d1;
     state.d2 = sum.row.d2;
-    if (sum.row.d1 > 0) state.m = sum.row.m * kLn2;
+    if (sum.row.d1 != 0) state.m = sum.row.m * kLn2;
     if (params.state.m != nullptr) {
       const std::int64_t vector =
           ((sequence * params.problem.q_len + token) * params.problem.num_q_heads + head) *
@@ -78,16 +80,17 @@ struct DecodeResults {
     }
   }
 
-  // A split item's part of row `of`, [2 head_dim + 4] floats: o1, o2, the row's scalars.
-  __device__ __forceinline__ float* partial(int span, int which, int of) const {
-    const std::int64_t cta = span * params.width + blockIdx.x % params.width;
-    const int rows = Shared::kWarpRows * params.team;
-    return params.partials + ((2 * cta + which) * rows + of) * (2 * kHeadDim + 4);
+  // A split item's part of row `of`, [2 head_dim + 4] floats: o1, o2, the row's scalars. `slot` as
+  // in DecodeSpan::first_slot.
+  __device__ __forceinline__ float* partial(int slot, int of) const {
+    const int cta = slot / 2 * params.width + shared.walk.place_in_unit;
+    const int index = (2 * cta + slot % 2) * (Shared::kWarpRows * params.team) + of;
+    return params.partials + index * (2 * kHeadDim + 4);
   }
 
-  __device__ __forceinline__ void write_partial(int span, int which, int of, int column,
+  __device__ __forceinline__ void write_partial(int slot, int of, int column,
                                                 const DecodeSums& sum) const {
-    float* to = partial(span, which, of);
+    float* to = partial(slot, of);
     *reinterpret_cast<float4*>(to + column) = sum.o1;
     *reinterpret_cast<float4*>(to + kHeadDim + column) = sum.o2;
     if (column == 0) {
@@ -96,17 +99,35 @@ struct DecodeResults {
     }
   }
 
-  // Part i of an item.
+  // Part i of an item: the first of its span but for i = 0.
   __device__ __forceinline__ const float* partial(const DecodeItem& item, int i, int of) const {
-    return partial(item.first_slot / 2 + i, i == 0 ? item.first_slot % 2 : 0, of);
+    return partial(i == 0 ? item.first_slot : item.first_slot / 2 * 2 + 2 * i, of);
   }
 
-  // Merges parts `first`, `first` + `every`, ... of row `of` in four columns; the scalars are of
-  // all parts. The lanes hold the scalars of 32 parts at a time.
+  // Brings the scalars of 32 parts more, one a lane, to one m and centre with the sums so far.
+  // Leaves in `part` what the part's vectors need: a factor in m, a shift of the centre in c.
+  __device__ __forceinline__ void align(DecodeSums& sum, DecodeRow& part) const {
+    const float m = fmaxf(sum.row.m, warp_max(part.m));
+    const unsigned present = __ballot_sync(0xffffffffu, part.d1 != 0);
+    const float c = __shfl_sync(0xffffffffu, part.c, present != 0 ? __ffs(present) - 1 : 0);
+    // Where there is nothing so far, only m and c are taken.
+    const bool any = __any_sync(0xffffffffu, sum.row.d1 != 0);
+    const float keep = any ? ptx::exp2(sum.row.m - m) : 0.0f;
+    sum.row = {m, keep * sum.row.d1, keep * sum.row.d2, any ? sum.row.c : c};
+    sum.o1 = keep * sum.o1;
+    sum.o2 = keep * sum.o2;
+    sum.row.add(part);
+    part.m = sum.row.factor(part);
+    part.c -= sum.row.c;
+  }
+
+  // Merges parts `first`, `first` + `every`, ... of row `of` in four columns. The scalars are of
+  // all parts where `first` is 0, and lie spread over the lanes.
   __device__ __forceinline__ DecodeSums merge(const DecodeItem& item, int of, int column, int first,
                                               int every) const {
     constexpr int kAtOnce = 8;
     DecodeSums sum;
+#pragma unroll 1
     for (int base = 0; base < item.num_parts; base += 32) {
       const int count = min(32, item.num_parts - base);
       DecodeRow part;
@@ -115,18 +136,7 @@ struct DecodeResults {
             __ldcg(reinterpret_cast<const float4*>(partial(item, base + lane, of) + 2 * kHeadDim));
         part = {x.x, x.y, x.z, x.w};
       }
-      const float m = fmaxf(sum.row.m, warp_max(part.m));
-      const unsigned present = __ballot_sync(0xffffffffu, part.d1 > 0);
-      const float c = __shfl_sync(0xffffffffu, part.c, present != 0 ? __ffs(present) - 1 : 0);
-      // Sums so far come first; where there are none, only m and c are taken.
-      const bool any = __any_sync(0xffffffffu, sum.row.d1 > 0);
-      const float keep = any ? ptx::exp2(sum.row.m - m) : 0.0f;
-      sum.row = {m, keep * sum.row.d1, keep * sum.row.d2, any ? sum.row.c : c};
-      sum.o1 = keep * sum.o1;
-      sum.o2 = keep * sum.o2;
-      sum.row.add(part);
-      const float factor = sum.row.factor(part);
-      const float shift = part.c - sum.row.c;
+#pragma unroll 1
       for (int i = first; i < count; i += kAtOnce * every) {
         float4 o1[kAtOnce];
         float4 o2[kAtOnce];
@@ -138,76 +148,82 @@ struct DecodeResults {
           o1[j] = exists ? __ldcg(reinterpret_cast<const float4*>(from)) : float4{};
           o2[j] = exists ? __ldcg(reinterpret_cast<const float4*>(from + kHeadDim)) : float4{};
         }
+        if (i == first) align(sum, part);  // under the loads' latency
 #pragma unroll
         for (int j = 0; j < kAtOnce; ++j) {
           const int at = min(i + j * every, 31);
-          const float f = __shfl_sync(0xffffffffu, factor, at);
-          const float moved = __shfl_sync(0xffffffffu, shift, at);
-          sum.o1 = sum.o1 + f * o1[j];
-          sum.o2 = sum.o2 + f * (o2[j] + moved * o1[j]);
+          const float factor = __shfl_sync(0xffffffffu, part.m, at);
+          const float shift = __shfl_sync(0xffffffffu, part.c, at);
+          sum.o1 = sum.o1 + factor * o1[j];
+          sum.o2 = sum.o2 + factor * (o2[j] + shift * o1[j]);
         }
       }
     }
-    sum.row.d1 = warp_sum(sum.row.d1);
-    sum.row.d2 = warp_sum(sum.row.d2);
     return sum;
   }
 
-  __device__ __forceinline__ void merge_item(const DecodeItem& item) {
-    int crew = kDecodeWarps;  // warps to a row
+  // Merges all parts of an item into shared memory, a crew of warps to a row. Returns how many
+  // parts of a row are left there.
+  __device__ __forceinline__ int merge_item(const DecodeItem& item) {
+    int crew = kDecodeWarps;
     while (crew > 1 && kDecodeWarps / crew < item.rows) crew /= 2;
-    for (int first = 0; first < item.rows; first += kDecodeWarps / crew) {
-      const int of = first + warp / crew;
-      const bool exists = of < item.rows;
+    const int rank = warp % crew;
+#pragma unroll 1
+    for (int of = warp / crew; of < item.rows; of += kDecodeWarps / crew) {
+      // More than one warp to a row is only where a team is one warp.
+      const int to = of / Shared::kWarpRows + rank;
+      const int local = of % Shared::kWarpRows;
+#pragma unroll 1
       for (int column = 4 * lane; column < max(kHeadDim, 128); column += 128) {
-        DecodeSums sum = merge(item, exists ? of : 0, column, warp % crew, crew);
-        const bool leads = exists && column < kHeadDim && warp % crew == 0;
-        if (crew > 1) {
-          __syncthreads();
-          if (column < kHeadDim) {
-            *reinterpret_cast<float4*>(&shared.meeting.o1[warp][0][column]) = sum.o1;
-            *reinterpret_cast<float4*>(&shared.meeting.o2[warp][0][column]) = sum.o2;
-          }
-          __syncthreads();
+        const DecodeSums sum = merge(item, of, column, rank, crew);
+        const float d1 = warp_sum(sum.row.d1);
+        const float d2 = warp_sum(sum.row.d2);
+        if (rank == 0 && lane == 0) {
+          shared.meeting.totals[of] = {sum.row.m, d1, d2, sum.row.c};
         }
-        if (!leads) continue;
-        for (int i = 1; i < crew; ++i) {
-          sum.o1 = sum.o1 + *reinterpret_cast<float4*>(&shared.meeting.o1[warp + i][0][column]);
-          sum.o2 = sum.o2 + *reinterpret_cast<float4*>(&shared.meeting.o2[warp + i][0][column]);
-        }
-        write(item, of, column, sum);
+        if (column >= kHeadDim) continue;
+        *reinterpret_cast<float4*>(&shared.meeting.o1[to][local][column]) = sum.o1;
+        *reinterpret_cast<float4*>(&shared.meeting.o2[to][local][column]) = sum.o2;
       }
     }
+    __syncthreads();
+    return crew;
   }
 
   // Whether this CTA's part of a split item is the last to come; then all are in memory.
   __device__ __forceinline__ bool is_last_part(const DecodeItem& item) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();
-      int* counter = params.schedule.counters + item.first_slot / 2 * params.width +
-                     static_cast<int>(blockIdx.x) % params.width;
-      shared.is_last = atomicAdd(counter, 1) == item.num_parts - 1;
+      int* counter =
+          params.schedule.counters + item.first_slot / 2 * params.width + shared.walk.place_in_unit;
+      shared.is_last = ptx::add_in_order(counter, 1) == item.num_parts - 1;
       if (shared.is_last) *counter = 0;
-      __threadfence();
     }
     __syncthreads();
     return shared.is_last;
   }
 
   __device__ __forceinline__ void finish(const DecodeItem& item) {
+    bool is_whole = item.is_whole;
+    int num_parts = params.ways;
+    // Once for an item's output or part; once more for the output of merged parts.
 #pragma unroll 1
-    for (int i = threadIdx.x; i < item.rows * kColumns; i += 32 * kDecodeWarps) {
-      const int of = i / kColumns;
-      const int column = i % kColumns * 4;
-      const DecodeSums sum = collect(of, column);
-      if (item.is_whole) {
-        write(item, of, column, sum);
-      } else {
-        write_partial(span, item.slot, of, column, sum);
+    while (true) {
+#pragma unroll 1
+      for (int i = threadIdx.x; i < item.rows * kColumns; i += 32 * kDecodeWarps) {
+        const int of = i / kColumns;
+        const int column = i % kColumns * 4;
+        const DecodeSums sum = collect(of, column, num_parts);
+        if (is_whole) {
+          write(item, of, column, sum);
+        } else {
+          write_partial(2 * span + item.slot, of, column, sum);
+        }
       }
+      if (is_whole || !is_last_part(item)) return;
+      num_parts = merge_item(item);
+      is_whole = true;
     }
-    if (!item.is_whole && is_last_part(item)) merge_item(item);
   }
 };
 

@@ -22,15 +22,15 @@ __device__ int inclusive_sum(int value) {
   }
   if (lane == 31) sums[warp] = value;
   __syncthreads();
-  int before = 0;
-  for (int i = 0; i < warp; ++i) before += sums[i];
+  int before = lane < warp ? sums[lane] : 0;
+  for (int step = 1; step < 32; step *= 2) before += __shfl_xor_sync(0xffffffffu, before, step);
   __syncthreads();
   return value + before;
 }
 
 __global__ void __launch_bounds__(kThreads)
     decode_schedule_kernel(const AttentionProblem problem, const Sequences sequences,
-                           int block_keys, int max_spans, int width, int units,
+                           int block_keys, int max_spans, int width, int units, bool align,
                            const DecodeSchedule schedule) {
   cudaTriggerProgrammaticLaunchCompletion();
   cudaGridDependencySynchronize();
@@ -64,10 +64,10 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ int aligned_spans;
   if (thread == 0) aligned_spans = 0;
   __syncthreads();
-  // Memory is the bound, so what counts is that all spans end together and that few items are
-  // split: of equal items, up to a quarter less spans are taken so that whole items make a span or
-  // whole spans an item.
-  if (are_equal && 4 * thread <= max_spans && thread < max_spans) {
+  // Memory is the bound, so what counts is that all spans end together, not how many there are. Of
+  // equal items, up to a quarter less spans are taken where that makes whole items a span, or whole
+  // spans an item.
+  if (align && are_equal && 4 * thread <= max_spans && thread < max_spans) {
     const std::int64_t length = decode_divide(total, max_spans - thread);
     if (length > 0 && length * (max_spans - thread) == total &&
         (length % count_of_first == 0 || count_of_first % length == 0)) {
@@ -130,10 +130,10 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 Status launch_decode_schedule(const AttentionProblem& problem, const Sequences& sequences,
-                              int block_keys, int max_spans, int width, int units,
+                              int block_keys, int max_spans, int width, int units, bool align,
                               const DecodeSchedule& schedule, cudaStream_t stream) {
   return check_cuda(launch_early(decode_schedule_kernel, 1, kThreads, 0, stream, problem, sequences,
-                                 block_keys, max_spans, width, units, schedule),
+                                 block_keys, max_spans, width, units, align, schedule),
                     "decode: making the schedule");
 }
 

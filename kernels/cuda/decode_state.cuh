@@ -22,7 +22,7 @@ struct DecodeRow {
 
   // What brings the sums of a part of the row to this m. REQUIRES: this m is not below the part's.
   __device__ __forceinline__ float factor(const DecodeRow& part) const {
-    return part.d1 > 0 ? ptx::exp2(part.m - m) : 0.0f;
+    return part.d1 != 0 ? ptx::exp2(part.m - m) : 0.0f;
   }
   __device__ __forceinline__ void add(const DecodeRow& part) {
     const float f = factor(part);
@@ -92,7 +92,8 @@ struct DecodeWalk {
   int sequence;
   int unit;
   int block;
-  int left;  // blocks of the span from here on
+  int left;           // blocks of the span from here on
+  int place_in_unit;  // which of the unit's pairs is this CTA's
   RowMask mask;
 };
 

@@ -81,6 +81,19 @@ __device__ __forceinline__ void fence_async_proxy() {
   ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
 }
 
+// ---- global memory
+
+// Adds to *counter and returns what it was. What this thread (or its CTA, before a barrier) has
+// written is there for whoever counts later; what others wrote before they counted is there for it.
+__device__ __forceinline__ int add_in_order(int* counter, int value) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
 // ---- registers and lanes
 
 // All warps of a warpgroup call these together; ptxas ignores them (C7508, a build error here)

@@ -233,6 +233,14 @@ TEST_F(DecodeCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
   }
 }
 
+TEST_F(DecodeCuda, ANanInAVisibleKeyIsSeen) {
+  Case c = long_cases(DType::kBFloat16, Data::kZeroMean)[0];
+  c.inputs.k[3000 * 128 + 5] = std::nan("");
+  const Results ours = cuda_decode(c);
+  EXPECT_TRUE(std::all_of(ours.o.begin(), ours.o.end(), [](double x) { return std::isnan(x); }));
+  EXPECT_TRUE(std::isnan(ours.lse[0]));
+}
+
 TEST_F(DecodeCuda, ZeroProbeIsSoftmaxAttention) {
   for (Case c : long_cases(DType::kBFloat16, Data::kShifted)) {
     std::fill(c.inputs.r.begin(), c.inputs.r.end(), 0.0);
