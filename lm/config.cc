@@ -124,8 +124,8 @@ void visit_train(C& c, Visitor&& visit) {
   visit(s, "grad_clip", c.grad_clip, at_least(0), "largest global gradient norm; 0: no clipping");
   visit(s, "seed", c.seed, at_least(0), "of the initial weights");
   visit(s, "device", c.device, one_of({"auto", "cpu", "cuda"}), "auto: a GPU where there is one");
-  visit(s, "dtype", c.dtype, one_of({"float32", "bfloat16"}),
-        "of activations; weights and their gradients stay float32");
+  visit(s, "dtype", c.dtype, one_of({"auto", "float32", "bfloat16"}),
+        "of activations, auto: bfloat16 on a GPU; weights and their gradients stay float32");
   visit(s, "eval_every", c.eval_every, at_least(0), "steps; 0: only at the end");
   visit(s, "eval_batches", c.eval_batches, at_least(1), "validation batches an evaluation");
   visit(s, "checkpoint_every", c.checkpoint_every, at_least(0), "steps; 0: only at the end");

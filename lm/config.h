@@ -72,12 +72,14 @@ struct ScheduleConfig {
 
 struct TrainConfig {
   std::int64_t steps = 1000;
-  std::int64_t batch_size = 8;    // sequences a forward pass
-  std::int64_t accumulate = 1;    // forward passes a step
-  double grad_clip = 1.0;         // global norm; 0: off
-  std::int64_t seed = 0;          // of the initial weights
-  std::string device = "auto";    // "auto" | "cpu" | "cuda"
-  std::string dtype = "float32";  // of activations: "float32" | "bfloat16"; weights stay float32
+  std::int64_t batch_size = 8;  // sequences a forward pass
+  std::int64_t accumulate = 1;  // forward passes a step
+  double grad_clip = 1.0;       // global norm; 0: off
+  std::int64_t seed = 0;        // of the initial weights
+  std::string device = "auto";  // "auto" | "cpu" | "cuda"
+  // Of activations, and of weights where they meet them: "float32" | "bfloat16" | "auto" (bfloat16
+  // on a GPU, float32 on a CPU). The weights that are trained stay float32.
+  std::string dtype = "auto";
   std::int64_t eval_every = 100;  // steps; 0: only at the end
   std::int64_t eval_batches = 16;
   std::int64_t checkpoint_every = 0;  // steps; 0: only at the end

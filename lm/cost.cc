@@ -105,7 +105,9 @@ TrainingMemory training_memory(const Config& config) {
     memory.optimizer_state += kFloatBytes * elements(tensor) * (muon ? 1 : 2);
   }
   const std::int64_t tokens = config.train.batch_size * config.data.seq_len;
-  const std::int64_t activation_bytes = config.train.dtype == "bfloat16" ? 2 : kFloatBytes;
+  const bool is_half = config.train.dtype == "bfloat16" ||
+                       (config.train.dtype == "auto" && config.train.device == "cuda");
+  const std::int64_t activation_bytes = is_half ? 2 : kFloatBytes;
   const std::int64_t per_token =
       config.model.num_layers * activations_per_token(config.model) + 3 * config.model.hidden_size;
   memory.activations = activation_bytes * tokens * per_token;

@@ -31,11 +31,26 @@ at::Device resolve_device(const std::string& name) {
   return at::Device(at::kCUDA, static_cast<at::DeviceIndex>(index));
 }
 
+at::ScalarType compute_dtype(const Config& config, at::Device device) {
+  const std::string& dtype = config.train.dtype;
+  if (dtype == "bfloat16" || (dtype == "auto" && device.is_cuda())) return at::kBFloat16;
+  if (dtype == "float32" && device.is_cuda() && config.model.mixer == "parallax") {
+    throw Error(
+        "train.dtype: Parallax attention on a GPU takes no float32: set \"auto\" or \"bfloat16\" "
+        "(weights, gradients and optimizer stay float32)");
+  }
+  return at::kFloat;
+}
+
 void place_model(CausalLm& model, const TrainConfig& train, const std::string& device) {
   const std::string usual = train.device == "cpu" ? "cpu" : "auto";
   const at::Device place = resolve_device(device.empty() ? usual : device);
-  const bool needs_bfloat16 = place.is_cuda() && model.config().mixer == "parallax";
-  model.compute_in(needs_bfloat16 || train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat);
+  Config config;
+  config.model = model.config();
+  config.train = train;
+  // Trained in float32, a Parallax model cannot be read so on a GPU.
+  if (place.is_cuda() && config.model.mixer == "parallax") config.train.dtype = "auto";
+  model.compute_in(compute_dtype(config, place));
   model.to(place);
   model.prepare_for_inference();
 }

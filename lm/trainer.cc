@@ -45,6 +45,10 @@ void make_repeatable(at::Device device) {
   at::globalContext().setDeterministicFillUninitializedMemory(false);
 }
 
+std::string dtype_name(at::ScalarType dtype) {
+  return dtype == at::kBFloat16 ? "bfloat16" : "float32";
+}
+
 std::string generator_state() {
   const at::Tensor state = at::globalContext().defaultGenerator(at::kCPU).get_state();
   const auto* bytes = state.const_data_ptr<std::uint8_t>();
@@ -79,10 +83,6 @@ bool is_finite(const at::Tensor& tensor) {
 
 bool is_due(std::int64_t step, std::int64_t every) { return every > 0 && step % every == 0; }
 
-at::ScalarType compute_dtype(const Config& config) {
-  return config.train.dtype == "bfloat16" ? at::kBFloat16 : at::kFloat;
-}
-
 std::shared_ptr<CausalLm> make_model(const Config& config, const Tokenizer& tokenizer,
                                      at::Device device) {
   if (config.model.vocab_size < tokenizer.vocab_size()) {
@@ -93,7 +93,7 @@ std::shared_ptr<CausalLm> make_model(const Config& config, const Tokenizer& toke
   auto model =
       std::make_shared<CausalLm>(config.model, static_cast<std::uint64_t>(config.train.seed));
   model->to(device);
-  model->compute_in(compute_dtype(config));
+  model->compute_in(compute_dtype(config, device));
   return model;
 }
 
@@ -124,10 +124,18 @@ struct Trainer::Impl {
       }
       restore();
     }
-    notes.push_back("attention: " + attention_backend(config.model, at::device(device).dtype(
-                                                                        compute_dtype(config))));
+    note_what_computes();
     write_run_files(run, config, optimizer.assignments());
     metrics = std::make_unique<MetricsWriter>(run, state.step);
+  }
+
+  void note_what_computes() {
+    const at::ScalarType dtype = compute_dtype(config, device);
+    std::string line = "computes in " + dtype_name(dtype) + " on " + device.str();
+    if (dtype != at::kFloat) line += "; weights, gradients and optimizer state are float32";
+    notes.push_back(line);
+    notes.push_back("attention: " +
+                    attention_backend(config.model, at::device(device).dtype(dtype)));
   }
 
   void restore() {
