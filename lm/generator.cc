@@ -89,6 +89,12 @@ at::Tensor on_device(const std::vector<std::int32_t>& tokens, const CausalLm& mo
   return at::tensor(tokens, at::kLong).to(model.device()).unsqueeze(0);  // [1, len]
 }
 
+// A model may have more rows in its head than the tokenizer has tokens (padding). logits [...,
+// vocab_size].
+at::Tensor of_known_tokens(const at::Tensor& logits, const Tokenizer& tokenizer) {
+  return logits.narrow(-1, 0, std::min<std::int64_t>(logits.size(-1), tokenizer.vocab_size()));
+}
+
 // Where pieces and whole texts go.
 struct Listener {
   const OnText& on_text;
@@ -115,11 +121,10 @@ class Text {
   std::int32_t newest() const { return generation_.tokens.back(); }
   Generation take() { return std::move(generation_); }
 
-  // logits [vocab_size] of the next token. -> whether there is anything to go on from.
-  bool grow(const at::Tensor& logits) {
-    // A model may have more rows in its head than the tokenizer has tokens (padding).
-    const std::int64_t known = std::min<std::int64_t>(logits.size(0), tokenizer_.vocab_size());
-    const std::int32_t token = sampler_.sample(logits.narrow(0, 0, known));
+  std::int32_t sample(const at::Tensor& logits) { return sampler_.sample(logits); }
+
+  // -> whether there is anything to go on from.
+  bool grow(std::int32_t token) {
     generation_.ended = token == tokenizer_.end_of_document();
     if (!generation_.ended) {
       generation_.tokens.push_back(token);
@@ -158,9 +163,12 @@ class Text {
 // Grows texts in the rows of a cache: row b holds the b-th of those that are growing.
 class Batch {
  public:
-  Batch(CausalLm& model, std::vector<Text>& texts, const GenerateOptions& options)
+  Batch(CausalLm& model, const Tokenizer& tokenizer, std::vector<Text>& texts,
+        const GenerateOptions& options)
       : model_(model),
+        tokenizer_(tokenizer),
         texts_(texts),
+        is_greedy_(options.sampling.temperature == 0),
         max_batch_(
             std::min<std::int64_t>(options.max_batch, static_cast<std::int64_t>(texts.size()))),
         cache_(model.make_cache(shape(options))),
@@ -204,8 +212,7 @@ class Batch {
     const std::size_t source = growing_.size();
     cache_.reserve(static_cast<std::int64_t>(source), texts_[next_].max_len());
     const at::Tensor logits =
-        model_.forward_cached(on_device(prompt, model_), cache_, static_cast<std::int64_t>(source))
-            .to(at::kCPU)[0];
+        model_.forward_cached(on_device(prompt, model_), cache_, static_cast<std::int64_t>(source));
     times_.prefill_tokens += static_cast<std::int64_t>(prompt.size());
     growing_.push_back(next_++);
     while (next_ < texts_.size() && has_place() && texts_[next_].prompt() == prompt) {
@@ -214,20 +221,41 @@ class Batch {
       cache_.reserve(row, texts_[next_].max_len() - cache_.len(row));
       growing_.push_back(next_++);
     }
-    for (std::size_t row = growing_.size(); row-- > source;) {
-      if (!texts_[growing_[row]].grow(logits)) remove(row);
-    }
+    grow(source, logits.expand({static_cast<std::int64_t>(growing_.size() - source), -1}));
   }
 
   // A token more for each.
   void step() {
     std::vector<std::int32_t> newest;
     for (const std::size_t text : growing_) newest.push_back(texts_[text].newest());
-    const at::Tensor logits = step_(newest).to(at::kCPU);
+    grow(0, step_(newest));
     times_.decode_tokens += static_cast<std::int64_t>(newest.size());
-    for (std::size_t row = growing_.size(); row-- > 0;) {
-      if (!texts_[growing_[row]].grow(logits[static_cast<std::int64_t>(row)])) remove(row);
+  }
+
+  // The texts in the rows from `first` on get a token each, by their logits [rows, vocab_size].
+  void grow(std::size_t first, const at::Tensor& logits) {
+    const std::vector<std::int32_t> tokens = choose(first, of_known_tokens(logits, tokenizer_));
+    for (std::size_t row = growing_.size(); row-- > first;) {
+      if (!texts_[growing_[row]].grow(tokens[row - first])) remove(row);
     }
+  }
+
+  std::vector<std::int32_t> choose(std::size_t first, const at::Tensor& logits) {
+    std::vector<std::int32_t> tokens;
+    if (is_greedy_ && logits.is_cuda()) {  // the whole logits need not leave the GPU
+      const auto [largest, token] = logits.max(1);
+      const at::Tensor both = at::stack({largest.to(at::kDouble), token.to(at::kDouble)}).cpu();
+      if (both.isfinite().all().item<bool>()) {
+        const double* chosen = both[1].const_data_ptr<double>();
+        tokens.assign(chosen, chosen + logits.size(0));
+        return tokens;
+      }
+    }
+    const at::Tensor on_host = logits.to(at::kCPU);
+    for (std::int64_t row = 0; row < on_host.size(0); ++row) {
+      tokens.push_back(texts_[growing_[first + row]].sample(on_host[row]));
+    }
+    return tokens;
   }
 
   // The last row moves to the place that becomes free. Rows behind `row` have all grown.
@@ -244,7 +272,9 @@ class Batch {
   }
 
   CausalLm& model_;
+  const Tokenizer& tokenizer_;
   std::vector<Text>& texts_;
+  bool is_greedy_;
   std::int64_t max_batch_;
   KvCache cache_;
   DecodeStep step_;
@@ -254,18 +284,21 @@ class Batch {
 };
 
 // Recomputes the whole text for every token.
-GenerationTimes grow_without_cache(CausalLm& model, Text& text) {
+GenerationTimes grow_without_cache(CausalLm& model, const Tokenizer& tokenizer, Text& text) {
   GenerationTimes times;
   at::Tensor tokens = on_device(text.prompt(), model);
   times.prefill_tokens = tokens.size(1);
-  const auto next_logits = [&] { return model.logits(model.hidden(tokens).select(1, -1))[0]; };
+  const auto choose = [&] {
+    const at::Tensor logits = model.logits(model.hidden(tokens).select(1, -1))[0];
+    return text.sample(of_known_tokens(logits, tokenizer));
+  };
   auto start = Clock::now();
-  at::Tensor logits = next_logits();
+  std::int32_t token = choose();
   times.prefill_seconds = seconds_since(start);
   start = Clock::now();
-  while (text.grow(logits)) {
-    tokens = at::cat({tokens, on_device({text.newest()}, model)}, 1);
-    logits = next_logits();
+  while (text.grow(token)) {
+    tokens = at::cat({tokens, on_device({token}, model)}, 1);
+    token = choose();
     ++times.decode_tokens;
   }
   times.decode_seconds = seconds_since(start);
@@ -338,9 +371,9 @@ Generations generate(CausalLm& model, const Tokenizer& tokenizer,
   }
   Generations result;
   if (options.use_cache && !texts.empty()) {
-    result.times = Batch(model, texts, options).run();
+    result.times = Batch(model, tokenizer, texts, options).run();
   } else {
-    for (Text& text : texts) result.times += grow_without_cache(model, text);
+    for (Text& text : texts) result.times += grow_without_cache(model, tokenizer, text);
   }
   for (Text& text : texts) result.texts.push_back(text.take());
   return result;

@@ -40,7 +40,7 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheShape& shape, at::Tenso
       lens_(shape_.batch, 0),
       references_(shape_.num_pages, 0) {
   for (std::int32_t page = 0; page < shape_.num_pages; ++page) free_.insert(free_.end(), page);
-  host_tables_ = at::zeros({shape_.batch * (2 + max_pages_)}, at::kInt);
+  host_tables_ = at::zeros({table_begin() + shape_.batch * max_pages_}, at::kInt);
   tables_ = host_tables_.to(options.device());
   for (std::int64_t row = 0; row < shape_.batch; ++row) write_row(row);
   upload(true);
@@ -53,6 +53,12 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheShape& shape, at::Tenso
     k_.push_back(storage_[layer][0]);
     v_.push_back(storage_[layer][1]);
   }
+  const at::ScalarType angle_dtype =
+      storage_.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  const at::Tensor places =
+      at::arange(capacity(), at::TensorOptions(at::kInt).device(options.device()));
+  angles_ = make_rope(places, config.head_dim, config.rope_theta, angle_dtype);
+  angles_ = {angles_.cos.squeeze(1), angles_.sin.squeeze(1)};
 }
 
 void KvCache::reserve(std::int64_t row, std::int64_t new_tokens) {
@@ -125,8 +131,12 @@ at::Tensor KvCache::kv_lens(RowRange rows) const {
 }
 
 at::Tensor KvCache::page_table(RowRange rows) const {
-  return tables_.narrow(0, 2 * shape_.batch + rows.first * max_pages_, rows.count * max_pages_)
+  return tables_.narrow(0, table_begin() + rows.first * max_pages_, rows.count * max_pages_)
       .view({rows.count, max_pages_});
+}
+
+at::Tensor KvCache::origins(RowRange rows) const {
+  return tables_.narrow(0, 2 * shape_.batch + rows.first, rows.count + 1);
 }
 
 at::Tensor KvCache::row_of(const at::Tensor& pages, std::int64_t row) const {
@@ -211,18 +221,19 @@ void KvCache::drop(std::int32_t page) {
 // What the device shall know of a row whose newest tokens have not been counted.
 void KvCache::write_row(std::int64_t row) {
   auto* tables = host_tables_.mutable_data_ptr<std::int32_t>();
-  std::int32_t* table = tables + 2 * shape_.batch + row * max_pages_;
+  std::int32_t* table = tables + table_begin() + row * max_pages_;
   const bool idle = lens_[row] == 0;
   const auto idle_page = static_cast<std::int32_t>(num_pages() + row / shape_.page_size);
   tables[row] = static_cast<std::int32_t>(idle ? row % shape_.page_size : lens_[row]);
   tables[shape_.batch + row] = static_cast<std::int32_t>(lens_[row]);
   std::fill_n(table, max_pages_, idle_page);
   if (!idle) std::copy(pages_[row].begin(), pages_[row].end(), table);
+  tables[2 * shape_.batch + row] = table[0] * static_cast<std::int32_t>(shape_.page_size);
 }
 
 void KvCache::upload(bool page_table_too) {
   if (tables_.is_same(host_tables_)) return;
-  const std::int64_t count = page_table_too ? tables_.numel() : 2 * shape_.batch;
+  const std::int64_t count = page_table_too ? tables_.numel() : table_begin();
   // Pageable memory: the copy has left it when this returns.
   tables_.narrow(0, 0, count).copy_(host_tables_.narrow(0, 0, count), /*non_blocking=*/true);
 }

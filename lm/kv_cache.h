@@ -12,6 +12,7 @@
 
 #include "lm/config.h"
 #include "lm/error.h"
+#include "lm/layers.h"
 
 namespace parallax::lm {
 
@@ -74,6 +75,13 @@ class KvCache {
   at::Tensor positions(RowRange rows) const;
   at::Tensor kv_lens(RowRange rows) const;
   at::Tensor page_table(RowRange rows) const;  // int32 [count, max_pages]
+  // Where each row's first page begins among the tokens of all pages, and one entry more: int32
+  // [count + 1]. For kernels that read rows in one piece.
+  at::Tensor origins(RowRange rows) const;
+
+  // RoPE's angles of every place in a row, as append_kv takes them: float32 (float64 beside float64
+  // keys) [capacity, head_dim / 2].
+  const Rope& angles() const { return angles_; }
 
   // A layer's pages, [pages, page_size, num_kv_heads, head_dim]; beyond the pool's own there are
   // those of the idle rows.
@@ -84,6 +92,7 @@ class KvCache {
   at::Tensor row_of(const at::Tensor& pages, std::int64_t row) const;
 
  private:
+  std::int64_t table_begin() const { return 3 * shape_.batch + 1; }
   std::int64_t pages_for(std::int64_t tokens) const;
   bool writes_shared_page(std::int64_t row) const;
   void check_row(std::int64_t row) const;
@@ -101,10 +110,12 @@ class KvCache {
   std::vector<std::int64_t> lens_;                // of each row
   std::vector<std::int32_t> references_;          // to each page
   std::set<std::int32_t> free_;                   // the lowest is taken first
-  // int32 [batch * (2 + max_pages)]: positions, kv_lens, page_table. One tensor on a CPU, else two.
+  // int32: positions [batch], kv_lens [batch], origins [batch + 1], page_table [batch, max_pages].
+  // On a CPU the two are one.
   at::Tensor host_tables_, tables_;
   at::Tensor storage_;  // [num_layers, 2, pages, page_size, num_kv_heads, head_dim]
   std::vector<at::Tensor> k_, v_;
+  Rope angles_;
 };
 
 }  // namespace parallax::lm

@@ -120,6 +120,12 @@ at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights) 
   return at::linear(x, w.to(x.scalar_type()));
 }
 
+at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w) {
+  if (!x.is_cuda()) return residual + project(x, {w});
+  residual.flatten(0, -2).addmm_(x.flatten(0, -2), w.to(x.scalar_type()).t());
+  return residual;
+}
+
 void join_weights(const std::vector<std::shared_ptr<Weight>>& weights, at::ScalarType dtype) {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> parts;

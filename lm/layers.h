@@ -41,6 +41,9 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps);
 // lie one after another (join_weights) are read in place, others are copied together first.
 at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights);
 
+// residual + project(x, {w}), without gradients; on a GPU in one product, in residual's place.
+at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w);
+
 // Lets these weights [out_i, in] lie one after another in memory of `dtype`, without gradients.
 void join_weights(const std::vector<std::shared_ptr<Weight>>& weights, at::ScalarType dtype);
 

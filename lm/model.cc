@@ -24,12 +24,16 @@ class FeedForward : public torch::nn::Module {
     join_weights({down_proj_}, dtype);
   }
 
-  at::Tensor forward(const at::Tensor& x) {
-    return project(swiglu(project(x, {gate_proj_->weight, up_proj_->weight})),
-                   {down_proj_->weight});
+  at::Tensor forward(const at::Tensor& x) { return project(inner(x), {down_proj_->weight}); }
+  at::Tensor forward_onto(const at::Tensor& residual, const at::Tensor& x) {
+    return project_onto(residual, inner(x), down_proj_->weight);
   }
 
  private:
+  at::Tensor inner(const at::Tensor& x) const {
+    return swiglu(project(x, {gate_proj_->weight, up_proj_->weight}));
+  }
+
   std::shared_ptr<Weight> gate_proj_, up_proj_, down_proj_;
 };
 
@@ -46,9 +50,9 @@ class DecoderLayer : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x, const Rope& rope) {
     return feed_forward(x + mixer_->forward(mixer_input(x), rope));
   }
-  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache, RowRange rows,
-                            std::int64_t layer) {
-    return feed_forward(x + mixer_->forward_cached(mixer_input(x), rope, cache, rows, layer));
+  at::Tensor forward_cached(const at::Tensor& x, CachedForward& call, std::int64_t layer) {
+    const at::Tensor y = mixer_->forward_cached(mixer_input(x), x, call, layer);
+    return ffn_->forward_onto(y, rms_norm(y, ffn_norm_->weight, eps_));
   }
   void prepare_for_inference(at::ScalarType dtype) {
     for (const auto& norm : {input_norm_, ffn_norm_}) join_weights({norm}, dtype);
@@ -188,11 +192,14 @@ at::Tensor CausalLm::forward_cached(const at::Tensor& tokens, KvCache& cache,
 
 at::Tensor CausalLm::decode(const at::Tensor& tokens, KvCache& cache, RowRange rows) {
   const at::NoGradGuard no_grad;
-  const at::Tensor steps = at::arange(tokens.size(1), tokens.options().dtype(at::kInt));
-  const Rope angles = rope(cache.positions(rows).unsqueeze(1) + steps);  // [count, len]
+  CachedForward call{cache, rows, {}, {}};
+  if (tokens.size(1) >= kPrefillLen) {
+    const at::Tensor steps = at::arange(tokens.size(1), tokens.options().dtype(at::kInt));
+    call.rope = rope(cache.positions(rows).unsqueeze(1) + steps);  // [count, len]
+  }
   at::Tensor x = embed(tokens);
   for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
-    x = layers_[layer]->forward_cached(x, angles, cache, rows, static_cast<std::int64_t>(layer));
+    x = layers_[layer]->forward_cached(x, call, static_cast<std::int64_t>(layer));
   }
   return logits(final_norm(x.select(1, -1)));
 }

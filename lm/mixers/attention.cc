@@ -25,61 +25,82 @@ Attention::Attention(const ModelConfig& config) : config_(config) {
   }
 }
 
-at::Tensor Attention::heads(const at::Tensor& x, const Weight* norm, const Rope* rope) const {
-  at::Tensor y = x.unflatten(-1, {x.size(-1) / config_.head_dim, config_.head_dim});
-  if (norm) y = rms_norm(y, norm->weight, config_.rms_norm_eps);
+AttentionInputs Attention::projections(const at::Tensor& x) const {
+  const std::int64_t q_size = config_.num_q_heads * config_.head_dim;
+  const std::int64_t kv_size = config_.num_kv_heads * config_.head_dim;
+  std::vector<at::Tensor> weights{q_proj_->weight, k_proj_->weight, v_proj_->weight};
+  std::vector<std::int64_t> sizes{q_size, kv_size, kv_size};
+  if (r_proj_) {
+    weights.insert(weights.begin() + 1, r_proj_->weight);
+    sizes.insert(sizes.begin() + 1, q_size);
+  }
+  std::vector<at::Tensor> parts = project(x, weights).split_with_sizes(sizes, -1);
+  for (at::Tensor& part : parts) {
+    part = part.unflatten(-1, {part.size(-1) / config_.head_dim, config_.head_dim});
+  }
+  if (r_proj_) return {parts[0], parts[1], parts[2], parts[3]};
+  return {parts[0], {}, parts[1], parts[2]};
+}
+
+at::Tensor Attention::prepared(const at::Tensor& x, const Weight* norm, const Rope* rope) const {
+  const at::Tensor y = norm ? rms_norm(x, norm->weight, config_.rms_norm_eps) : x;
   return rope ? rotate(y, *rope) : y;
 }
 
 AttentionInputs Attention::attention_inputs(const at::Tensor& x, const Rope& rope) {
-  const std::int64_t q_size = config_.num_q_heads * config_.head_dim;
-  const std::int64_t kv_size = config_.num_kv_heads * config_.head_dim;
-  AttentionInputs inputs;
-  if (r_proj_) {
-    const std::vector<at::Tensor> qrkv =
-        project(x, {q_proj_->weight, r_proj_->weight, k_proj_->weight, v_proj_->weight})
-            .split_with_sizes({q_size, q_size, kv_size, kv_size}, -1);
-    inputs.q = heads(qrkv[0], q_norm_.get(), &rope);
-    inputs.r = heads(qrkv[1], r_norm_.get(), config_.r_rope ? &rope : nullptr);
-    inputs.k = heads(qrkv[2], k_norm_.get(), &rope);
-    inputs.v = heads(qrkv[3], nullptr, nullptr);
-  } else {
-    const std::vector<at::Tensor> qkv =
-        project(x, {q_proj_->weight, k_proj_->weight, v_proj_->weight})
-            .split_with_sizes({q_size, kv_size, kv_size}, -1);
-    inputs.q = heads(qkv[0], q_norm_.get(), &rope);
-    inputs.k = heads(qkv[1], k_norm_.get(), &rope);
-    inputs.v = heads(qkv[2], nullptr, nullptr);
-  }
+  AttentionInputs inputs = projections(x);
+  inputs.q = prepared(inputs.q, q_norm_.get(), &rope);
+  if (r_proj_) inputs.r = prepared(inputs.r, r_norm_.get(), config_.r_rope ? &rope : nullptr);
+  inputs.k = prepared(inputs.k, k_norm_.get(), &rope);
   return inputs;
 }
 
-at::Tensor Attention::project_output(const at::Tensor& o) const {
-  return project(o.flatten(-2), {o_proj_->weight});
-}
-
 at::Tensor Attention::forward(const at::Tensor& x, const Rope& rope) {
-  return project_output(attend(attention_inputs(x, rope)));
+  return project(attend(attention_inputs(x, rope)).flatten(-2), {o_proj_->weight});
 }
 
-at::Tensor Attention::forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
-                                     RowRange rows, std::int64_t layer) {
-  const AttentionInputs inputs = attention_inputs(x, rope);
-  ops::append_kv(inputs.k, inputs.v, cache.k(layer), cache.v(layer), cache.positions(rows),
-                 cache.page_table(rows));
-  // Where the rows hold nothing else, a prompt's keys and values are at hand in one piece.
-  const std::int64_t q_len = inputs.q.size(1);
-  const bool is_prompt = q_len > 1 && cache.all_have(rows, q_len);
-  return project_output(is_prompt ? attend(inputs) : attend_cached(inputs, cache, rows, layer));
+at::Tensor Attention::forward_cached(const at::Tensor& x, const at::Tensor& residual,
+                                     CachedForward& call, std::int64_t layer) {
+  at::Tensor o;
+  if (x.size(1) < kPrefillLen) {
+    const auto [q, r] = append(x, call, layer);
+    o = attend_cached(q, r, call, layer);
+  } else {
+    const AttentionInputs inputs = attention_inputs(x, call.rope);
+    KvCache& cache = call.cache;
+    ops::append_kv(inputs.k, inputs.v, cache.k(layer), cache.v(layer), cache.positions(call.rows),
+                   cache.page_table(call.rows));
+    // Where the rows hold nothing else, the new keys and values are at hand in one piece.
+    o = cache.all_have(call.rows, x.size(1)) ? attend(inputs)
+                                             : attend_cached(inputs.q, inputs.r, call, layer);
+  }
+  return project_onto(residual, o.flatten(-2), o_proj_->weight);
 }
 
+std::pair<at::Tensor, at::Tensor> Attention::append(const at::Tensor& x, CachedForward& call,
+                                                    std::int64_t layer) const {
+  KvCache& cache = call.cache;
+  const AttentionInputs raw = projections(x);
+  ops::RotaryOptions options;
+  options.q_gain = q_norm_->weight;
+  options.k_gain = k_norm_->weight;
+  if (r_norm_) options.r_gain = r_norm_->weight;
+  options.rotate_r = r_proj_ && config_.r_rope;
+  options.eps = config_.rms_norm_eps;
+  options.page_table = cache.page_table(call.rows);
+  // Softmax has no r; its q stands in and what comes of it is dropped.
+  const auto [q, r] = ops::append_kv_rotary(
+      raw.q, r_proj_ ? raw.r : raw.q, raw.k, raw.v, cache.k(layer), cache.v(layer),
+      cache.positions(call.rows), cache.angles().cos, cache.angles().sin, options);
+  return {q, r_proj_ ? r : at::Tensor()};
+}
+
+// The gains of the heads stay in float32, as append_kv takes them.
 void Attention::prepare_for_inference(at::ScalarType dtype) {
   std::vector<std::shared_ptr<Weight>> inputs{q_proj_, k_proj_, v_proj_};
   if (r_proj_) inputs.insert(inputs.begin() + 1, r_proj_);
   join_weights(inputs, dtype);
-  for (const auto& alone : {o_proj_, q_norm_, k_norm_, r_norm_}) {
-    if (alone) join_weights({alone}, dtype);
-  }
+  join_weights({o_proj_}, dtype);
 }
 
 std::shared_ptr<Mixer> make_mixer(const ModelConfig& config) {

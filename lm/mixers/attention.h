@@ -6,6 +6,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 
 #include "lm/mixers/mixer.h"
 
@@ -16,7 +17,7 @@ class Attention : public Mixer {
   explicit Attention(const ModelConfig& config);
 
   at::Tensor forward(const at::Tensor& x, const Rope& rope) final;
-  at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache, RowRange rows,
+  at::Tensor forward_cached(const at::Tensor& x, const at::Tensor& residual, CachedForward& call,
                             std::int64_t layer) final;
   void prepare_for_inference(at::ScalarType dtype) final;
   AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) final;
@@ -24,14 +25,19 @@ class Attention : public Mixer {
  protected:
   // -> o [batch, len, num_q_heads, head_dim]
   virtual at::Tensor attend(const AttentionInputs& inputs) = 0;
-  // The keys and values are in the cache already.
-  virtual at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache, RowRange rows,
+  // The same for the newest tokens, whose keys and values are in the cache already.
+  virtual at::Tensor attend_cached(const at::Tensor& q, const at::Tensor& r, CachedForward& call,
                                    std::int64_t layer) = 0;
 
  private:
-  // x [batch, len, heads * head_dim] -> per-head norm (where there is one), RoPE (where asked for).
-  at::Tensor heads(const at::Tensor& x, const Weight* norm, const Rope* rope) const;
-  at::Tensor project_output(const at::Tensor& o) const;
+  // q, r, k, v before norm and RoPE: views [batch, len, heads, head_dim] of one product.
+  AttentionInputs projections(const at::Tensor& x) const;
+  // x [batch, len, heads, head_dim] -> per-head norm (where there is one), RoPE (where asked for).
+  at::Tensor prepared(const at::Tensor& x, const Weight* norm, const Rope* rope) const;
+  // Writes the newest keys and values to the cache. -> q and r, normed and turned, r undefined in a
+  // softmax model.
+  std::pair<at::Tensor, at::Tensor> append(const at::Tensor& x, CachedForward& call,
+                                           std::int64_t layer) const;
 
   ModelConfig config_;
   std::shared_ptr<Weight> q_proj_, k_proj_, v_proj_, o_proj_, r_proj_;
@@ -44,7 +50,7 @@ class SoftmaxAttention final : public Attention {
 
  private:
   at::Tensor attend(const AttentionInputs& inputs) override;
-  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache, RowRange rows,
+  at::Tensor attend_cached(const at::Tensor& q, const at::Tensor& r, CachedForward& call,
                            std::int64_t layer) override;
 };
 
@@ -54,7 +60,7 @@ class ParallaxAttention final : public Attention {
 
  private:
   at::Tensor attend(const AttentionInputs& inputs) override;
-  at::Tensor attend_cached(const AttentionInputs& inputs, KvCache& cache, RowRange rows,
+  at::Tensor attend_cached(const at::Tensor& q, const at::Tensor& r, CachedForward& call,
                            std::int64_t layer) override;
 };
 

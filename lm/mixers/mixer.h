@@ -20,16 +20,29 @@ struct AttentionInputs {
   at::Tensor q, r, k, v;
 };
 
+// One forward over the newest tokens of some rows of a cache, as it passes through the layers.
+struct CachedForward {
+  KvCache& cache;
+  RowRange rows;
+  Rope rope;            // of the newest tokens; undefined where they are fewer than kPrefillLen
+  at::Tensor schedule;  // of ops::decode on a GPU: made by the first layer, used by all
+};
+
+// From here on the forward kernel reads a cache faster than the decode kernel, which is made for a
+// few new tokens.
+inline constexpr std::int64_t kPrefillLen = 16;
+
 class Mixer : public torch::nn::Module {
  public:
   // x [batch, len, hidden_size] -> the same shape. Causal.
   virtual at::Tensor forward(const at::Tensor& x, const Rope& rope) = 0;
 
-  // The same for the newest tokens of some rows of a cache that already counts them
-  // (KvCache::append): writes their keys and values to layer `layer` of the cache and attends to
-  // all that the rows hold. Idle rows give zeros or what their token alone would.
-  virtual at::Tensor forward_cached(const at::Tensor& x, const Rope& rope, KvCache& cache,
-                                    RowRange rows, std::int64_t layer) = 0;
+  // residual (whose memory may serve) plus the same for the newest tokens of some rows of a cache
+  // that already counts them (KvCache::append): writes their keys and values to layer `layer` of
+  // the cache and attends to all that the rows hold. Idle rows give zeros or what their token alone
+  // would.
+  virtual at::Tensor forward_cached(const at::Tensor& x, const at::Tensor& residual,
+                                    CachedForward& call, std::int64_t layer) = 0;
 
   // Lays the weights out for inference (CausalLm::prepare_for_inference).
   virtual void prepare_for_inference(at::ScalarType dtype) = 0;

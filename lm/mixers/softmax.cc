@@ -23,20 +23,40 @@ at::Tensor newest_over_all(const at::Tensor& q, const at::Tensor& k, const at::T
   return sdpa(q, k, v, mask, /*causal=*/false);
 }
 
+// One new token a row on a GPU: flash attention over the pages where they lie, or over a copy where
+// a row's pages are scattered. LibTorch's has no page table, but takes any origins and lengths.
+at::Tensor newest_on_gpu(const at::Tensor& q, KvCache& cache, RowRange rows, std::int64_t layer) {
+  const std::int64_t capacity = cache.capacity();
+  const at::Tensor counts = at::arange(rows.count + 1, cache.kv_lens(rows).options());
+  at::Tensor k = cache.k(layer), v = cache.v(layer), origins = cache.origins(rows);
+  if (!cache.in_one_piece(rows)) {
+    const at::Tensor pages = cache.page_table(rows).flatten();
+    k = k.index_select(0, pages);
+    v = v.index_select(0, pages);
+    origins = counts * capacity;
+  }
+  const auto result = at::_flash_attention_forward(
+      q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), counts, origins, /*max_q=*/1,
+      /*max_k=*/capacity, /*dropout_p=*/0.0, /*is_causal=*/false, /*return_debug_mask=*/false,
+      /*scale=*/std::nullopt, {}, {}, /*seqused_k=*/cache.kv_lens(rows));
+  return std::get<0>(result).unsqueeze(1);
+}
+
 }  // namespace
 
 at::Tensor SoftmaxAttention::attend(const AttentionInputs& inputs) {
   return sdpa(inputs.q, inputs.k, inputs.v, {}, /*causal=*/true);
 }
 
-at::Tensor SoftmaxAttention::attend_cached(const AttentionInputs& inputs, KvCache& cache,
-                                           RowRange rows, std::int64_t layer) {
-  at::Tensor o = at::zeros_like(inputs.q, at::MemoryFormat::Contiguous);
-  for (std::int64_t i = 0; i < rows.count; ++i) {
-    const std::int64_t row = rows.first + i;
+at::Tensor SoftmaxAttention::attend_cached(const at::Tensor& q, const at::Tensor&,
+                                           CachedForward& call, std::int64_t layer) {
+  KvCache& cache = call.cache;
+  if (q.is_cuda() && q.size(1) == 1) return newest_on_gpu(q, cache, call.rows, layer);
+  at::Tensor o = at::zeros_like(q, at::MemoryFormat::Contiguous);
+  for (std::int64_t i = 0; i < call.rows.count; ++i) {
+    const std::int64_t row = call.rows.first + i;
     if (cache.len(row) == 0) continue;
-    o.narrow(0, i, 1).copy_(newest_over_all(inputs.q.narrow(0, i, 1),
-                                            cache.row_of(cache.k(layer), row),
+    o.narrow(0, i, 1).copy_(newest_over_all(q.narrow(0, i, 1), cache.row_of(cache.k(layer), row),
                                             cache.row_of(cache.v(layer), row)));
   }
   return o;
