@@ -92,7 +92,7 @@ class Subject {
       cache_.v(layer).normal_();
     }
     for (std::int64_t row = 0; row < batch; ++row) {
-      cache_.reserve(row, cache_.capacity());
+      cache_.reserve(row, options.context + options.steps);
       cache_.append({row, 1}, options.context - options.steps / 2 - kWarmUps);
     }
   }
