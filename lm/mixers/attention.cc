@@ -101,6 +101,9 @@ void Attention::prepare_for_inference(at::ScalarType dtype) {
   if (r_proj_) inputs.insert(inputs.begin() + 1, r_proj_);
   join_weights(inputs, dtype);
   join_weights({o_proj_}, dtype);
+  for (const auto& gain : {q_norm_, k_norm_, r_norm_}) {
+    if (gain) join_weights({gain}, at::kFloat);
+  }
 }
 
 std::shared_ptr<Mixer> make_mixer(const ModelConfig& config) {
