@@ -6,7 +6,9 @@
 // eight elements a lane. Where the head is rotated, a lane holds both halves of four pairs, else
 // eight neighbours: the rotation stays in a lane and the norm's sum in a warp. Products are not
 // contracted (-fmad=false), so that the CPU's append.cc, which sums in the same order, writes the
-// same bits.
+// same bits. What does not depend on positions is read before what does. A few tokens are bound by
+// latency: their blocks have a thread for every lane that they need. Many are bound by memory:
+// small blocks, as many as an SM holds.
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -20,7 +22,7 @@
 namespace parallax {
 namespace {
 
-constexpr int kMaxThreads = 256;
+constexpr int kFewTokensThreads = 1024, kManyTokensThreads = 256;
 constexpr int kLaneElements = 8;
 
 // One of k, v, q and r: where its rows come from and go to, and what happens to them on the way.
@@ -49,9 +51,9 @@ struct AppendParams {
   int lanes;      // of a group
 };
 
-// The token of a block.
+// The token of a block: number i of sequence b.
 struct Token {
-  std::int64_t b, i, place, angle;
+  std::int64_t b, i;
 };
 
 template <class T, int kSize>
@@ -94,15 +96,6 @@ struct LaneElements {
     *reinterpret_cast<Run<T, 4>*>(row + second) = high;
   }
 
-  // f(index in the lane, index in the row)
-  template <class F>
-  __device__ void for_each(const F& f) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) f(i, first + i);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) f(4 + i, second + i);
-  }
-
   int first, second;
 };
 
@@ -114,29 +107,36 @@ __device__ void round_to(float x, std::uint8_t* to) {
   *to = __nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3);
 }
 
+// Four floats a multiple of 16 bytes into a table.
+__device__ void load_floats(const float* from, float* to) {
+  const float4 x = *reinterpret_cast<const float4*>(from);
+  to[0] = x.x;
+  to[1] = x.y;
+  to[2] = x.z;
+  to[3] = x.w;
+}
+
 // x / sqrt(mean(x^2) + eps) * gain over the lanes of a group; all of its lanes take part, those
 // behind head_dim with zeros.
-__device__ void normalise(const AppendParams& params, const float* gain, unsigned group,
-                          const LaneElements& elements, bool active, float (&x)[8]) {
+__device__ void normalise(const AppendParams& params, unsigned group, const float (&gain)[8],
+                          float (&x)[8]) {
   float sum = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) sum += x[i] * x[i];
   for (int step = params.lanes / 2; step > 0; step /= 2) {
     sum += __shfl_xor_sync(group, sum, step);
   }
-  if (!active) return;
   const float factor = 1.0f / sqrtf(sum / static_cast<float>(params.head_dim) + params.eps);
-  elements.for_each([&](int i, int d) { x[i] = x[i] * factor * gain[d]; });
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = x[i] * factor * gain[i];
 }
 
-__device__ void rotate(const AppendParams& params, std::int64_t angle, int first, float (&x)[8]) {
-  const std::int64_t row = angle * (params.head_dim / 2) + first;
+__device__ void rotate(const float (&cos)[4], const float (&sin)[4], float (&x)[8]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const float c = params.cos[row + i], s = params.sin[row + i];
     const float low = x[i], high = x[4 + i];
-    x[i] = low * c - high * s;
-    x[4 + i] = high * c + low * s;
+    x[i] = low * cos[i] - high * sin[i];
+    x[4 + i] = high * cos[i] + low * sin[i];
   }
 }
 
@@ -152,31 +152,44 @@ __device__ void write(const LaneElements& elements, const float (&x)[8], float s
 __device__ std::int64_t target_of(const AppendParams& params, const Rows& rows,
                                   const Token& token) {
   if (!rows.cached) return token.b * rows.to.batch_stride + token.i * rows.to.len_stride;
-  if (token.place < 0 || token.place >= params.capacity) return -1;
+  const std::int64_t place = params.positions[token.b] + token.i;
+  if (place < 0 || place >= params.capacity) return -1;
   Sequence sequence;
   sequence.batch_idx = token.b;
   const KvRows places = kv_rows(rows.to.batch_stride, rows.to.len_stride, params.pages, sequence);
   if (places.pages != nullptr) {
-    const std::int32_t page = places.pages[token.place >> places.page_shift];
+    const std::int32_t page = places.pages[place >> places.page_shift];
     if (page < 0 || page >= params.pages.num_pages) return -1;
   }
-  return places.offset(token.place);
+  return places.offset(place);
 }
 
 // One head of one token. The same for all lanes of a group but `lane`.
 template <class T>
 __device__ void move_head(const AppendParams& params, const Rows& rows, const Token& token, int h,
                           int lane, unsigned group) {
-  std::int64_t target = target_of(params, rows, token);
-  if (target < 0) return;
-  if (rows.head.rotate && (token.angle < 0 || token.angle >= params.num_angles)) return;
-  target += h * rows.to.head_stride;
   const T* source = static_cast<const T*>(rows.from.data) + token.b * rows.from.batch_stride +
                     token.i * rows.from.len_stride + h * rows.from.head_stride;
   const LaneElements elements(lane, params.head_dim, rows.head.rotate);
   const bool active = lane * kLaneElements < params.head_dim;
   Run<T, 8> words = {};
   if (active) words = elements.load(source);
+  float gain[8] = {}, cos[4] = {}, sin[4] = {};
+  if (active && rows.head.gain != nullptr) {
+    load_floats(rows.head.gain + elements.first, gain);
+    load_floats(rows.head.gain + elements.second, gain + 4);
+  }
+  if (rows.head.rotate) {
+    const std::int32_t* angles = params.angles ? params.angles : params.positions;
+    const std::int64_t angle = angles[token.b] + token.i;
+    if (angle < 0 || angle >= params.num_angles) return;
+    const std::int64_t at = angle * (params.head_dim / 2) + elements.first;
+    if (active) load_floats(params.cos + at, cos);
+    if (active) load_floats(params.sin + at, sin);
+  }
+  std::int64_t target = target_of(params, rows, token);
+  if (target < 0) return;
+  target += h * rows.to.head_stride;
   if (rows.head.gain == nullptr && !rows.head.rotate && rows.scale == nullptr) {
     if (active) elements.store(words, static_cast<T*>(rows.to.data) + target);
     return;
@@ -184,11 +197,9 @@ __device__ void move_head(const AppendParams& params, const Rows& rows, const To
   float x[8];
 #pragma unroll
   for (int i = 0; i < 8; ++i) x[i] = to_float(words.x[i]);
-  if (rows.head.gain != nullptr) {
-    normalise(params, rows.head.gain, group, elements, active, x);
-  }
+  if (rows.head.gain != nullptr) normalise(params, group, gain, x);
+  if (rows.head.rotate) rotate(cos, sin, x);
   if (!active) return;
-  if (rows.head.rotate) rotate(params, token.angle, elements.first, x);
   if (rows.scale != nullptr) {
     write(elements, x, rows.scale[h], static_cast<std::uint8_t*>(rows.to.data) + target);
   } else {
@@ -196,14 +207,12 @@ __device__ void move_head(const AppendParams& params, const Rows& rows, const To
   }
 }
 
-template <class T>
-__global__ void __launch_bounds__(kMaxThreads)
+template <class T, int kThreads>
+__global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 : 1)
     append_kernel(const __grid_constant__ AppendParams params) {
   Token token;
   token.b = blockIdx.x / static_cast<unsigned>(params.q_len);
   token.i = blockIdx.x % static_cast<unsigned>(params.q_len);
-  token.place = params.positions[token.b] + token.i;
-  token.angle = params.angles ? params.angles[token.b] + token.i : token.place;
   const int lane = threadIdx.x & (params.lanes - 1);
   const unsigned group = (0xffffffffu >> (32 - params.lanes)) << ((threadIdx.x & 31) - lane);
   for (int slot = threadIdx.x / params.lanes; slot < params.num_heads;
@@ -244,6 +253,15 @@ Status check_views(const AppendArgs& args) {
                                    {"prologue.r.out", prologue.r.out}}) {
     if (Status status = check_view(name, view); !status.ok()) return status;
   }
+  for (const auto& [name, floats] : {std::pair{"prologue.k.gain", prologue.k.gain},
+                                     {"prologue.q.head.gain", prologue.q.head.gain},
+                                     {"prologue.r.head.gain", prologue.r.head.gain},
+                                     {"prologue.cos", prologue.cos},
+                                     {"prologue.sin", prologue.sin}}) {
+    if (reinterpret_cast<std::uintptr_t>(floats) % 16 == 0) continue;
+    return Status::invalid_argument(std::string(name) +
+                                    ": its address must be a multiple of 16 bytes");
+  }
   return {};
 }
 
@@ -277,6 +295,15 @@ AppendParams params_of(const AttentionProblem& problem, const AppendArgs& args) 
   return params;
 }
 
+template <int kThreads>
+void launch(DType dtype, const AppendParams& params, unsigned tokens, cudaStream_t stream) {
+  const std::int64_t wanted = (std::int64_t{params.num_heads} * params.lanes + 31) / 32 * 32;
+  const auto threads = static_cast<unsigned>(std::min<std::int64_t>(wanted, kThreads));
+  const auto kernel =
+      dtype == DType::kFloat16 ? append_kernel<fp16, kThreads> : append_kernel<bf16, kThreads>;
+  kernel<<<tokens, threads, 0, stream>>>(params);
+}
+
 }  // namespace
 
 Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const Device& device,
@@ -294,13 +321,14 @@ Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const 
     return Status::unsupported("append_kv: batch * q_len must stay below 2^31");
   }
   const AppendParams params = params_of(shape, args);
-  const std::int64_t wanted = (std::int64_t{params.num_heads} * params.lanes + 31) / 32 * 32;
-  const auto threads = static_cast<unsigned>(std::min<std::int64_t>(wanted, kMaxThreads));
   const DeviceScope scope(device.index);
   if (!scope.status().ok()) return scope.status();
   auto* cuda_stream = static_cast<cudaStream_t>(stream);
-  const auto kernel = shape.dtype == DType::kFloat16 ? append_kernel<fp16> : append_kernel<bf16>;
-  kernel<<<static_cast<unsigned>(tokens), threads, 0, cuda_stream>>>(params);
+  if (tokens <= 2 * device.num_sms) {
+    launch<kFewTokensThreads>(shape.dtype, params, static_cast<unsigned>(tokens), cuda_stream);
+  } else {
+    launch<kManyTokensThreads>(shape.dtype, params, static_cast<unsigned>(tokens), cuda_stream);
+  }
   return check_cuda(cudaGetLastError(), "append_kv");
 }
 

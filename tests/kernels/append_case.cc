@@ -147,6 +147,12 @@ std::vector<AppendCase> append_cases(DType dtype) {
   cases.push_back(make_case("left padding", dtype, 4, 4, 1, 32, 8));
   add_prologue(&cases.back());
   cases.back().angles = {0, 86, 3};
+  // More than two for each SM of a GPU: there the kernel takes smaller blocks.
+  cases.push_back(make_case("many tokens", dtype, 70, 6, 2, 32, 16));
+  cases.back().problem.batch = 5;
+  cases.back().positions.assign(5, 0);
+  cases.back().inputs = random_inputs(cases.back().token_problem(), Data::kShifted, 18);
+  add_prologue(&cases.back());
   if (dtype == DType::kFloat64) return cases;
   for (std::size_t i = 0, size = cases.size(); i < size; ++i) {
     cases.push_back(cases[i]);

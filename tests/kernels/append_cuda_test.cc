@@ -256,6 +256,8 @@ TEST_F(AppendCuda, RefusesWhatItCannotTake) {
       "k_cache" + rule);
   EXPECT_EQ(refusal([&] { call.args().v.head_stride += 4; }), "v" + rule);
   EXPECT_EQ(refusal([&] { call.args().prologue.q.out.len_stride += 1; }), "prologue.q.out" + rule);
+  EXPECT_EQ(refusal([&] { call.args().prologue.cos += 1; }),
+            "prologue.cos: its address must be a multiple of 16 bytes");
   EXPECT_EQ(refusal([&] { call.problem().dtype = DType::kFloat32; }),
             "dtype: CUDA kernels take bf16 and fp16");
   EXPECT_EQ(refusal([&] { call.args().positions = nullptr; }).rfind("positions: ", 0), 0u);
