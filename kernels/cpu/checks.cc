@@ -75,24 +75,6 @@ Status check_sequences(const AttentionProblem& problem, const Sequences& sequenc
   return {};
 }
 
-Status check_page_table(const AttentionProblem& problem, const PageTable& pages) {
-  if (problem.packed) {
-    return Status::invalid_argument("page_table: a packed call has no paged cache");
-  }
-  if (!std::has_single_bit(static_cast<unsigned>(pages.page_size)) || pages.page_size > 256) {
-    return expected("page_size", "a power of two from 1 to 256", pages.page_size);
-  }
-  PARALLAX_RETURN_IF_ERROR(
-      check_between("num_pages", pages.num_pages, 0, std::numeric_limits<std::int32_t>::max()));
-  if (pages.max_pages < 0 || problem.kv_len > pages.max_pages * pages.page_size) {
-    return expected(
-        "kv_len",
-        "at most max_pages * page_size = " + std::to_string(pages.max_pages * pages.page_size),
-        problem.kv_len);
-  }
-  return {};
-}
-
 // The pages that hold tokens [tokens.begin, tokens.end) of entry b.
 Status check_pages(const PageTable& pages, std::int64_t b, std::int64_t begin, std::int64_t end) {
   if (begin >= end) return {};
@@ -221,6 +203,24 @@ Status check_shape(const AttentionProblem& problem, const Device& device) {
 }
 
 }  // namespace
+
+Status check_page_table(const AttentionProblem& problem, const PageTable& pages) {
+  if (problem.packed) {
+    return Status::invalid_argument("page_table: a packed call has no paged cache");
+  }
+  if (!std::has_single_bit(static_cast<unsigned>(pages.page_size)) || pages.page_size > 256) {
+    return expected("page_size", "a power of two from 1 to 256", pages.page_size);
+  }
+  PARALLAX_RETURN_IF_ERROR(
+      check_between("num_pages", pages.num_pages, 0, std::numeric_limits<std::int32_t>::max()));
+  if (pages.max_pages < 0 || problem.kv_len > pages.max_pages * pages.page_size) {
+    return expected(
+        "kv_len",
+        "at most max_pages * page_size = " + std::to_string(pages.max_pages * pages.page_size),
+        problem.kv_len);
+  }
+  return {};
+}
 
 Status check_problem(const AttentionProblem& problem, const Device& device) {
   PARALLAX_RETURN_IF_ERROR(check_shape(problem, device));

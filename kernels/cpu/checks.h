@@ -27,4 +27,7 @@ Status check_arguments(const AttentionProblem& problem, const BackwardArgs& args
 Status check_arguments(const AttentionProblem& problem, const DecodeArgs& args);
 Status check_arguments(const AttentionProblem& problem, const AppendArgs& args);
 
+// Sizes of a page table, on every device; entries are another matter.
+Status check_page_table(const AttentionProblem& problem, const PageTable& pages);
+
 }  // namespace parallax::cpu

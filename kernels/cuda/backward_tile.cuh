@@ -5,6 +5,7 @@
 #include "cuda/backward.h"
 #include "cuda/place.cuh"
 #include "cuda/ptx.cuh"
+#include "cuda/quad.cuh"
 #include "cuda/wgmma.cuh"
 
 namespace parallax {
@@ -46,8 +47,6 @@ __device__ __forceinline__ void store_gradient(const float (&sums)[kCount], floa
                                                std::int64_t row_stride, int rows_left,
                                                int head_dim) {
   const int quad_lane = threadIdx.x & 3;
-  const bool odd = quad_lane & 1;
-  const bool upper = quad_lane & 2;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
 #pragma unroll
@@ -58,18 +57,10 @@ __device__ __forceinline__ void store_gradient(const float (&sums)[kCount], floa
         const int n = 4 * (4 * block + i) + 2 * half;
         words[i] = ptx::pack<T>(sums[n] * factor, sums[n + 1] * factor);
       }
-      std::uint32_t x = __shfl_xor_sync(0xffffffffu, odd ? words[0] : words[1], 1);
-      std::uint32_t y = __shfl_xor_sync(0xffffffffu, odd ? words[2] : words[3], 1);
-      (odd ? words[0] : words[1]) = x;
-      (odd ? words[2] : words[3]) = y;
-      x = __shfl_xor_sync(0xffffffffu, upper ? words[0] : words[2], 2);
-      y = __shfl_xor_sync(0xffffffffu, upper ? words[1] : words[3], 2);
-      (upper ? words[0] : words[2]) = x;
-      (upper ? words[1] : words[3]) = y;
+      const uint4 whole = transpose_quad(words);
       const int column = 8 * (4 * block + quad_lane);
       if (8 * half < rows_left && column < head_dim) {
-        *reinterpret_cast<uint4*>(row + 8 * half * row_stride + column) =
-            make_uint4(words[0], words[1], words[2], words[3]);
+        *reinterpret_cast<uint4*>(row + 8 * half * row_stride + column) = whole;
       }
     }
   }

@@ -18,6 +18,7 @@ struct ForwardTile {
   int warpgroups;          // consumers; one more warpgroup loads
   int keys;                // per key tile
   int stages;              // of the K and V rings
+  int packed_stages;       // tiles of q and r in shared memory
   bool q_in_registers;     // q and r as register operands, else read from shared memory each time
   bool ping_pong;          // warpgroups take turns at the tensor cores
   int consumer_registers;  // a thread
@@ -28,9 +29,9 @@ struct ForwardTile {
 };
 
 PARALLAX_HOST_DEVICE constexpr ForwardTile forward_tile(int head_dim) {
-  if (head_dim <= 64) return {3, 128, 2, false, true, 160, 32};
-  if (head_dim <= 128) return {2, 128, 2, true, true, 240, 24};
-  return {2, 80, 2, false, true, 240, 24};
+  if (head_dim <= 64) return {3, 128, 2, 2, false, true, 160, 32};
+  if (head_dim <= 128) return {2, 128, 2, 1, true, true, 240, 24};
+  return {2, 80, 2, 1, false, true, 240, 24};
 }
 
 PARALLAX_HOST_DEVICE constexpr int padded_head_dim(std::int64_t head_dim) {
@@ -38,7 +39,8 @@ PARALLAX_HOST_DEVICE constexpr int padded_head_dim(std::int64_t head_dim) {
 }
 
 // What the kernel reads from: four-dimensional maps {head_dim, len, heads, batch}, 8 rows a box for
-// q and r, a key tile for k and v; and both of q and r interleaved, 8 rows of one and 8 of the
+// q and r, a key tile for k and v, of which pages {head_dim, page_size, heads, page} have
+// ForwardParams::page_box; and both of q and r interleaved, 8 rows of one and 8 of the
 // other, as a whole query tile in a box of 64 columns (used where ForwardParams says so).
 struct ForwardMaps {
   CUtensorMap q, r, k, v, q_and_r;
@@ -70,6 +72,13 @@ struct ForwardParams {
   bool interleaved = false;  // there is one
   bool r_first = false;      // r lies below q in memory: the 8-row halves change places
   int head_columns = 0;      // columns of the map from one head to the next
+  // Paged k and v: token j of sequence b is row j % 2^page_shift of a page of the maps' last axis.
+  const std::int32_t* page_table = nullptr;  // [batch, max_pages]; null: contiguous
+  std::int64_t max_pages = 0;
+  int page_shift = 0;
+  int slot_mask = 0;  // page_size - 1
+  int page_box = 0;   // rows a copy, a power of two: of one page, and of one key tile
+  int box_mask = 0;   // -page_box
 };
 
 // Enqueues the kernel of one instance (instances.txt).

@@ -3,10 +3,12 @@
 // and launch.
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <string>
 
+#include "cpu/checks.h"
 #include "cuda/element.h"
 #include "cuda/forward.h"
 #include "cuda/launch.h"
@@ -27,6 +29,11 @@ std::int64_t max_tickets(const AttentionProblem& problem) {
   const int queries = forward_tile(padded_head_dim(problem.head_dim)).queries();
   const std::int64_t entries = problem.packed ? 1 : problem.batch;
   return num_tiles(problem, problem.q_len, queries) * entries * problem.num_q_heads;
+}
+
+// Whether there is a key to load.
+bool has_keys(const AttentionProblem& problem, const PageTable& pages) {
+  return problem.kv_len > 0 && (pages.table == nullptr || pages.num_pages > 0);
 }
 
 // q and r interleaved by eights in one map, {columns of all heads, row, q | r, 8-row group, batch}:
@@ -74,12 +81,29 @@ Status encode_maps(const AttentionProblem& problem, const ForwardTile& tile,
   TensorMapSpec r = tensor_map_spec(problem, args.r, problem.q_len, problem.num_q_heads);
   q.box[1] = r.box[1] = 8;
   // Without keys nothing is loaded through their maps; q stands in for tensors of no elements.
-  const bool no_keys = problem.kv_len == 0;
-  TensorMapSpec k =
-      no_keys ? q : tensor_map_spec(problem, args.k, problem.kv_len, problem.num_kv_heads);
-  TensorMapSpec v =
-      no_keys ? q : tensor_map_spec(problem, args.v, problem.kv_len, problem.num_kv_heads);
-  k.box[1] = v.box[1] = tile.keys;
+  TensorMapSpec k = q;
+  TensorMapSpec v = q;
+  if (has_keys(problem, args.pages)) {
+    const PageTable& pages = args.pages;
+    AttentionProblem keys = problem;
+    if (pages.table != nullptr) {  // pages for entries of the batch
+      keys.batch = pages.num_pages;
+      keys.kv_len = pages.page_size;
+    }
+    k = tensor_map_spec(keys, args.k, keys.kv_len, keys.num_kv_heads);
+    v = tensor_map_spec(keys, args.v, keys.kv_len, keys.num_kv_heads);
+    k.box[1] = v.box[1] = tile.keys;
+    if (pages.table != nullptr) {
+      params->page_table = pages.table;
+      params->max_pages = pages.max_pages;
+      params->page_shift = std::countr_zero(static_cast<unsigned>(pages.page_size));
+      params->slot_mask = pages.page_size - 1;
+      // The largest power of two that divides both a page and a key tile.
+      params->page_box = std::min(pages.page_size, tile.keys & -tile.keys);
+      params->box_mask = -params->page_box;
+      k.box[1] = v.box[1] = params->page_box;
+    }
+  }
   const struct {
     const char* name;
     const TensorMapSpec& spec;
@@ -102,15 +126,18 @@ Status check_arguments(const ForwardPlan& plan, const ForwardArgs& args, const v
     return Status::invalid_argument(
         "plan: made for the CPU; run it with the overload that takes a ParallelFor");
   }
-  const bool has_keys = plan.problem.kv_len > 0;
+  if (args.pages.table != nullptr) {
+    if (Status s = cpu::check_page_table(plan.problem, args.pages); !s.ok()) return s;
+  }
+  const bool keyed = has_keys(plan.problem, args.pages);
   const struct {
     const char* name;
     const void* data;
     bool needed;
   } all[] = {{"q", args.q.data, true},
              {"r", args.r.data, true},
-             {"k", args.k.data, has_keys},
-             {"v", args.v.data, has_keys},
+             {"k", args.k.data, keyed},
+             {"v", args.v.data, keyed},
              {"o", args.o.data, true},
              {"workspace", workspace, plan.workspace_bytes > 0},
              {"cu_seqlens_q", args.sequences.cu_seqlens_q, plan.problem.packed},
@@ -173,7 +200,7 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, St
         check_rows(name, read_only(*view), problem, problem.q_len, problem.num_q_heads);
     if (!s.ok()) return s;
   }
-  if (!takes_hopper_kernels(plan.device) || args.pages.table != nullptr) {
+  if (!takes_hopper_kernels(plan.device)) {
     return run_portable_forward(plan, args, static_cast<cudaStream_t>(stream));
   }
   const int padded = padded_head_dim(problem.head_dim);

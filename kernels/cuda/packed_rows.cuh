@@ -11,20 +11,11 @@
 
 #include "cuda/element.h"
 #include "cuda/ptx.cuh"
+#include "cuda/quad.cuh"
 #include "cuda/schedule.h"
 #include "parallax/state.h"
 
 namespace parallax {
-
-__device__ __forceinline__ float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-__device__ __forceinline__ float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
 
 // A query's state. m is in units of log2, relative to scaled logits; d1 and d2 are this thread's
 // parts of the sums; c is the row's centre of t.
@@ -47,10 +38,10 @@ struct PackedRow {
     float shift;
   };
 
-  // Turns a tile's s into p and t into w where every row of the warp sees all of it and m and c are
-  // set. m is raised lazily: by the warp, if some row has outgrown it by kSlack. Returns whether o
-  // must be scaled by *factor.
-  __device__ __forceinline__ bool add_interior(Scores& s, float scale_log2, float* factor) {
+  // Of a tile that every row of the warp sees whole, once m and c are set: raise(), exponentiate(),
+  // weigh_probes(), in this order. m is raised lazily: by the warp, if some row has outgrown it by
+  // kSlack. Returns whether o must be scaled by *factor.
+  __device__ __forceinline__ bool raise(const Scores& s, float scale_log2, float* factor) {
     const float top = tile_max(s) * scale_log2;
     const bool grown = __any_sync(0xffffffffu, top > m + kSlack);
     if (grown) {
@@ -60,12 +51,29 @@ struct PackedRow {
       d1 *= *factor;
       d2 *= *factor;
     }
-    d1 += exponentials(s, scale_log2, m);
-    weigh_probes(s);
     return grown;
   }
 
-  // The same of any tile: hides what the row does not see (visible counts from the tile's first
+  // s becomes p; d1.
+  __device__ __forceinline__ void exponentiate(Scores& s, float scale_log2) {
+    d1 += exponentials(s, scale_log2, m);
+  }
+
+  // t becomes w = p (t - c); d2.
+  __device__ __forceinline__ void weigh_probes(Scores& s) {
+    float even = 0.0f;
+    float odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      s[4 * i + 2] = s[4 * i] * (s[4 * i + 2] - c);
+      s[4 * i + 3] = s[4 * i + 1] * (s[4 * i + 3] - c);
+      even += s[4 * i + 2];
+      odd += s[4 * i + 3];
+    }
+    d2 += even + odd;
+  }
+
+  // All of it, of any tile: hides what the row does not see (visible counts from the tile's first
   // key), and moves the centre of a row that has met few keys to their mean.
   __device__ __forceinline__ Change add_edge(Scores& s, float scale_log2, Range visible) {
     hide(s, visible);
@@ -93,6 +101,77 @@ struct PackedRow {
     d1 += sum;
     weigh_probes(s);
     return change;
+  }
+
+  // A row's first tile: m, d1, d2 and c follow from it alone. Blocks of keys that no row of the
+  // warp sees cost nothing, those that every row sees whole are not compared.
+  __device__ __forceinline__ void add_first(Scores& s, float scale_log2, Range visible) {
+    constexpr int kBlock = kKeys % 32 == 0 ? 32 : 16;
+    const int reach = __shfl_sync(0xffffffffu, visible.end, 31);
+    const int whole_end = __shfl_sync(0xffffffffu, visible.end, 0);
+    const int whole_begin = __shfl_sync(0xffffffffu, visible.begin, 31);
+    const int column = 2 * (ptx::thread_index() & 3);
+    const Range own = {visible.begin - column, visible.end - column};
+    float top[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll
+    for (int block = 0; block < kKeys; block += kBlock) {
+      if (block >= reach) continue;
+      if (block < whole_begin || block + kBlock > whole_end) {
+#pragma unroll
+        for (int n = block; n < block + kBlock; n += 8) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const bool seen = n + e >= own.begin && n + e < own.end;
+            s[n / 2 + e] = seen ? s[n / 2 + e] : -INFINITY;
+            s[n / 2 + 2 + e] = seen ? s[n / 2 + 2 + e] : 0.0f;
+          }
+        }
+      }
+#pragma unroll
+      for (int i = block / 2; i < (block + kBlock) / 2; i += 4) {
+        float* part = &top[i / 2 & 2];
+        part[0] = fmaxf(part[0], s[i]);
+        part[1] = fmaxf(part[1], s[i + 1]);
+      }
+    }
+    m = quad_max(fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]))) * scale_log2;
+    const float shift = m == -INFINITY ? 0.0f : m;
+    float sum[2] = {0.0f, 0.0f};
+    float probes[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int block = 0; block < kKeys; block += kBlock) {
+#pragma unroll
+      for (int i = block / 2; i < (block + kBlock) / 2; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          if (block < reach) {
+            s[i + e] = ptx::exp2(fmaf(s[i + e], scale_log2, -shift));
+            sum[e] += s[i + e];
+            probes[e] = fmaf(s[i + e], s[i + 2 + e], probes[e]);
+          } else {
+            s[i + e] = s[i + 2 + e] = 0.0f;
+          }
+        }
+      }
+    }
+    d1 = sum[0] + sum[1];
+    const float total = quad_sum(d1);
+    const float offset = quad_sum(probes[0] + probes[1]);
+    c = total == 0.0f ? 0.0f : __fdividef(offset, total);
+    float weighted[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int block = 0; block < kKeys; block += kBlock) {
+      if (block >= reach) continue;
+#pragma unroll
+      for (int i = block / 2; i < (block + kBlock) / 2; i += 4) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          s[i + 2 + e] = s[i + e] * (s[i + 2 + e] - c);
+          weighted[e] += s[i + 2 + e];
+        }
+      }
+    }
+    d2 = weighted[0] + weighted[1];
   }
 
   __device__ __forceinline__ Finalized<float> finish() const {
@@ -142,20 +221,6 @@ struct PackedRow {
     }
     return even + odd;
   }
-
-  // w = p (t - c), and d2.
-  __device__ __forceinline__ void weigh_probes(Scores& s) {
-    float even = 0.0f;
-    float odd = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
-      s[4 * i + 2] = s[4 * i] * (s[4 * i + 2] - c);
-      s[4 * i + 3] = s[4 * i + 1] * (s[4 * i + 3] - c);
-      even += s[4 * i + 2];
-      odd += s[4 * i + 3];
-    }
-    d2 += even + odd;
-  }
 };
 
 template <int kCount>
@@ -172,31 +237,6 @@ __device__ __forceinline__ void shift_sums(float (&o)[kCount], float shift) {
     o[i + 2] = fmaf(-shift, o[i], o[i + 2]);
     o[i + 3] = fmaf(-shift, o[i + 1], o[i + 3]);
   }
-}
-
-// Four 8-column blocks of a row spread over a quad, two columns a lane: afterwards each lane holds
-// the 16 bytes of one block.
-__device__ __forceinline__ uint4 transpose_quad(std::uint32_t (&r)[4]) {
-  const int quad_lane = ptx::thread_index() & 3;
-  const bool odd = quad_lane & 1;
-  std::uint32_t x0 = odd ? r[0] : r[1];
-  std::uint32_t x1 = odd ? r[2] : r[3];
-  x0 = __shfl_xor_sync(0xffffffffu, x0, 1);
-  x1 = __shfl_xor_sync(0xffffffffu, x1, 1);
-  r[0] = odd ? x0 : r[0];
-  r[2] = odd ? x1 : r[2];
-  r[1] = odd ? r[1] : x0;
-  r[3] = odd ? r[3] : x1;
-  const bool high = quad_lane & 2;
-  std::uint32_t y0 = high ? r[0] : r[2];
-  std::uint32_t y1 = high ? r[1] : r[3];
-  y0 = __shfl_xor_sync(0xffffffffu, y0, 2);
-  y1 = __shfl_xor_sync(0xffffffffu, y1, 2);
-  r[0] = high ? y0 : r[0];
-  r[1] = high ? y1 : r[1];
-  r[2] = high ? r[2] : y0;
-  r[3] = high ? r[3] : y1;
-  return make_uint4(r[0], r[1], r[2], r[3]);
 }
 
 // Writes element(o1, o2) of every column below head_dim, if the row is `valid`.

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: MIT
-// The host half of the portable forward. It also serves paged calls on Hopper, whose own kernel
-// reads contiguous keys.
+// The host half of the portable forward.
 #include "cuda/portable_forward.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <string>
@@ -22,24 +20,6 @@ TileGrid grid_of(const AttentionProblem& problem) {
   const int rows = portable_forward_tile(padded_head_dim(problem.head_dim)).queries();
   return tile_grid(problem, problem.q_len, problem.num_q_heads, rows,
                    4 * problem.head_dim * problem.kv_len / sharing / group);
-}
-
-Status check_pages(const AttentionProblem& problem, const PageTable& pages) {
-  if (pages.table == nullptr) return {};
-  if (problem.packed) {
-    return Status::invalid_argument("page_table: a packed call has no paged cache");
-  }
-  if (pages.page_size < 1 || pages.page_size > 256 ||
-      !std::has_single_bit(static_cast<unsigned>(pages.page_size))) {
-    return Status::invalid_argument("page_size: expected a power of two from 1 to 256, got " +
-                                    std::to_string(pages.page_size));
-  }
-  if (problem.kv_len > pages.max_pages * pages.page_size) {
-    return Status::invalid_argument("kv_len: expected at most max_pages * page_size = " +
-                                    std::to_string(pages.max_pages * pages.page_size) + ", got " +
-                                    std::to_string(problem.kv_len));
-  }
-  return {};
 }
 
 Status check_inputs(const AttentionProblem& problem, const ForwardArgs& args) {
@@ -80,7 +60,6 @@ std::int64_t num_portable_forward_blocks(const AttentionProblem& problem) {
 
 Status run_portable_forward(const ForwardPlan& plan, const ForwardArgs& args, cudaStream_t stream) {
   const AttentionProblem& problem = plan.problem;
-  if (Status s = check_pages(problem, args.pages); !s.ok()) return s;
   if (Status s = check_inputs(problem, args); !s.ok()) return s;
   if (num_portable_forward_blocks(problem) > std::numeric_limits<int>::max()) {
     return Status::unsupported("forward: the number of query tiles must stay below 2^31");

@@ -150,9 +150,9 @@ struct PortableForwardBlock {
     for (int slab = 0; slab < kSlabs; ++slab) {
       if (interior) {
         float factor;
-        if (rows[slab].add_interior(s[slab], params.scale_log2, &factor)) {
-          scale_sums(o[slab], factor);
-        }
+        if (rows[slab].raise(s[slab], params.scale_log2, &factor)) scale_sums(o[slab], factor);
+        rows[slab].exponentiate(s[slab], params.scale_log2);
+        rows[slab].weigh_probes(s[slab]);
       } else {
         const Range keys = mask.keys(min(query_of(slab), q_len - 1));
         const auto change = rows[slab].add_edge(

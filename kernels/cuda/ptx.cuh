@@ -45,6 +45,11 @@ __device__ __forceinline__ void barrier_wait(std::uint64_t* barrier, std::uint32
   }
 }
 
+// Whether that phase has completed, without waiting.
+__device__ __forceinline__ bool barrier_test(std::uint64_t* barrier, std::uint32_t parity) {
+  return ::cuda::ptx::mbarrier_test_wait_parity(barrier, parity);
+}
+
 // ---- named barriers (bar.sync): `threads` counts those that sync and those that arrive
 
 __device__ __forceinline__ void named_sync(int id, int threads) {
@@ -173,6 +178,16 @@ __device__ __forceinline__ float load_shared(const float* source) {
   float x;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(x) : "r"(shared_address(source)));
   return x;
+}
+
+// Keeps the arithmetic behind `value` in its place: ptxas moves it across waits for the tensor
+// cores, but no store. This one happens only if value is +infinity.
+__device__ __forceinline__ void pin(float value, float* scratch) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\tsetp.eq.f32 p, %0, 0f7F800000;\n\t@p st.shared.f32 [%1], %0;\n\t}" ::
+          "f"(value),
+      "r"(shared_address(scratch))
+      : "memory");
 }
 
 // ---- arithmetic

@@ -5,6 +5,7 @@
 
 #include <utility>
 
+#include "parallax/mask.h"
 #include "tests/kernels/cpu_call.h"
 
 namespace parallax::tests {
@@ -67,7 +68,9 @@ void DeviceMemory::download(void* destination, std::size_t bytes) const {
 }
 
 void DeviceMemory::poison() {
-  if (size_ > 0) expect_success(cudaMemset(data_, 0xff, size_));
+  if (size_ == 0) return;
+  expect_success(cudaMemset(data_, 0xff, size_));
+  expect_success(cudaDeviceSynchronize());  // streams that do not block would not wait for it
 }
 
 void DeviceMemory::swap(DeviceMemory* other) {
@@ -132,6 +135,24 @@ Sequences DeviceLengths::view() const {
   return sequences;
 }
 
+namespace {
+
+// Entries of pages that hold no visible token become no pages.
+std::vector<std::int32_t> visible_entries(const Case& c, const PagedCache& paged) {
+  std::vector<std::int32_t> entries(paged.entries.size(), -1);
+  for (std::int64_t b = 0; b < c.problem.batch; ++b) {
+    const Mask mask = sequence_at(c.problem, c.lengths.view(), b).mask;
+    const Range seen = mask.q_len > 0 ? mask.keys({0, mask.q_len}) : Range{};
+    for (int j = seen.begin; j < seen.end; ++j) {
+      const auto entry = static_cast<std::size_t>(b * paged.max_pages + j / paged.page_size);
+      entries[entry] = paged.entries[entry];
+    }
+  }
+  return entries;
+}
+
+}  // namespace
+
 CudaForward::CudaForward(const Case& c, const CudaHow& how)
     : case_(c),
       how_(how),
@@ -149,7 +170,7 @@ CudaForward::CudaForward(const Case& c, const CudaHow& how)
       t_bar_(rows_of(c.problem) * sizeof(float)),
       workspace_(workspace_bytes(plan_)),
       page_table_(paged_ ? 4 * paged_->entries.size() : 0) {
-  if (paged_) page_table_.upload(paged_->entries.data(), page_table_.size());
+  if (paged_) page_table_.upload(visible_entries(c, *paged_).data(), page_table_.size());
   if ((r_.memory.data() < q_.memory.data()) != how.r_below_q) q_.exchange_memory(&r_);
 }
 

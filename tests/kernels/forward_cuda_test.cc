@@ -165,21 +165,33 @@ TEST_P(ForwardCuda, WhereQAndRLieDoesNotChangeABit) {
   }
 }
 
-// On every GPU the portable kernels serve paged calls, and where a row lies changes no bit.
+// Where a row lies changes no bit. Pages that nothing sees hold NaN and are not in the table.
 TEST_P(ForwardCuda, PagesChangeNoBit) {
-  for (std::int64_t head_dim : {40, 128, 256}) {
+  for (std::int64_t head_dim : {40, 64, 128, 256}) {
     for (const Case& c : all_cases(DType::kBFloat16, head_dim, Data::kShifted, 203)) {
       if (c.problem.packed) continue;
-      CudaHow contiguous;
-      contiguous.kernels = Kernels::kPortable;
-      const Results expected = cuda_forward(c, contiguous);
+      const Results expected = forward(c);
       CudaHow paged = how();
-      for (int page_size : {1, 16, 256}) {
+      for (int page_size : {1, 2, 8, 16, 64, 256}) {
         paged.page_size = page_size;
-        EXPECT_EQ(cuda_forward(c, paged).o, expected.o) << c.name << ", pages of " << page_size;
+        const Results ours = cuda_forward(c, paged);
+        EXPECT_EQ(ours.o, expected.o)
+            << c.name << ", head_dim " << head_dim << ", pages of " << page_size;
+        EXPECT_EQ(ours.lse, expected.lse) << c.name << ", pages of " << page_size;
       }
     }
   }
+}
+
+// A chunk of a long prompt over what is cached of it.
+TEST_P(ForwardCuda, AChunkOverPagesHoldsTheError) {
+  Lengths lengths;
+  lengths.kv_lens = {1700, 133};
+  const Case c =
+      case_of(problem_of(DType::kBFloat16, 2, 130, 2048, 8, 2, 128), Data::kShifted, lengths);
+  CudaHow paged = how();
+  paged.page_size = 16;
+  expect_close(c, cuda_forward(c, paged), exact_on_cpu(c));
 }
 
 TEST_P(ForwardCuda, PackedEqualsEachSequenceAlone) {
