@@ -16,6 +16,15 @@
 
 namespace parallax {
 
+// The query tile to load next: its first row in q, r and d_o, head and batch entry, and how many
+// tiles of this head are left.
+struct alignas(16) NextTile {
+  int row;
+  int head;
+  int batch_idx;
+  int left;
+};
+
 template <int kHeadDim>
 struct alignas(1024) KeysShared {
   static constexpr int kPanels = kHeadDim / 64;
@@ -33,10 +42,11 @@ struct alignas(1024) KeysShared {
   // The block's work, here because registers are scarce.
   Sequence sequence;
   BlockPlace place;
-  Range tiles;         // of queries that meet the keys, the same for every head
-  Range visible[2];    // by warpgroup: query tiles that its keys meet at all,
-  Range whole[2];      // and that need no mask
-  BlockPlace next[4];  // by loading warp: the query tile it loads next
+  Range tiles;       // of queries that meet the keys, the same for every head
+  Range visible[2];  // by warpgroup: query tiles that its keys meet at all,
+  Range whole[2];    // and that need no mask
+  NextTile next[4];  // by loading warp
+  std::int64_t next_statistics;
   std::uint64_t full[kBackwardStages], empty[kBackwardStages], keys_full;
 };
 
@@ -52,7 +62,7 @@ struct KeysBlock {
   static constexpr bool kOwnLoader = kHeadDim == 64;
   static constexpr int kThreads = kOwnLoader ? 384 : 256;
   static constexpr bool kTakeTurns = kOwnLoader;
-  static constexpr int kAhead = kOwnLoader ? 4 : 1;  // statistics read ahead of their use
+  static constexpr int kAhead = kOwnLoader ? 4 : 2;  // statistics read ahead of their use
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -83,12 +93,9 @@ struct KeysBlock {
   // The next query tile: the four warps of the loading warpgroup take q, r, d_o, the statistics.
   __device__ __forceinline__ void load(int stage, int phase) const {
     if (lane() == 0) {
-      BlockPlace& next = shared.next[warp()];
-      const Sequence& sequence = shared.sequence;
+      NextTile next = shared.next[warp()];
       auto& to = shared.stages[stage];
       std::uint64_t* full = &shared.full[stage];
-      const int row = static_cast<int>(sequence.q_offset) + next.tile * kBackwardRows;
-      const int batch_idx = static_cast<int>(sequence.batch_idx);
       ptx::barrier_wait(&shared.empty[stage], phase);
       if (warp() < 3) {
         ptx::barrier_expect(full, kPanels * kPanelBytes);
@@ -97,20 +104,26 @@ struct KeysBlock {
         for (int panel = 0; panel < kPanels; ++panel) {
           std::uint8_t* memory =
               warp() < 2 ? to.q_and_r[panel] + warp() * kPanelBytes : to.d_o[panel];
-          ptx::copy_box(memory, map, {64 * panel, row, next.head, batch_idx}, full);
+          ptx::copy_box(memory, map, {64 * panel, next.row, next.head, next.batch_idx}, full);
         }
       } else {
         constexpr int kBytes = kBackwardRows * sizeof(float2);
         ptx::barrier_expect(full, 2 * kBytes);
-        const std::int64_t first =
-            statistics_begin(params, sequence, next.b, next.head) + next.tile * kBackwardRows;
+        const std::int64_t first = shared.next_statistics;
         ptx::copy_bytes(to.statistics[0], params.softmax + first, kBytes, full);
         ptx::copy_bytes(to.statistics[1], params.gradient + first, kBytes, full);
+        shared.next_statistics = first + kBackwardRows;
       }
-      if (++next.tile == shared.tiles.end) {
-        next.tile = shared.tiles.begin;
+      next.row += kBackwardRows;
+      if (--next.left == 0) {  // the same tiles of the next head
+        next.left = shared.tiles.size();
+        next.row -= next.left * kBackwardRows;
         ++next.head;
+        if (warp() == 3) {
+          shared.next_statistics += params.statistics_rows - next.left * kBackwardRows;
+        }
       }
+      shared.next[warp()] = next;
     }
     __syncwarp();
   }
@@ -155,6 +168,7 @@ struct KeysBlock {
     if (kTakeTurns && warpgroup == 1) ptx::named_arrive(2, 256);
     const Range tiles = uniform(shared.tiles);
     const Range visible = uniform(shared.visible[warpgroup]);
+    const Range whole = kOwnLoader ? uniform(shared.whole[warpgroup]) : Range{};
     int tile = tiles.begin;
     int stage = 0;
     int phase = 0;
@@ -163,13 +177,23 @@ struct KeysBlock {
       if (!kOwnLoader && warpgroup == 1 && left > 2) {  // the stage that tile - 1 has left
         load(stage == 0 ? kBackwardStages - 1 : stage - 1, stage == 0 ? phase ^ 1 : phase);
       }
+      // Uniform, so that the steps from one product to the next cost no lane anything; before the
+      // wait, which hides how long that takes.
+      const std::uint32_t k =
+          ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.k[warpgroup])));
+      const std::uint32_t q = ptx::uniform(
+          wgmma::descriptor(ptx::shared_address(&shared.stages[stage]), Shared::kPairPanel));
       ptx::barrier_wait(&shared.full[stage], phase);
       if (params.problem.packed && (tile + 1) * kBackwardRows > shared.sequence.mask.q_len) {
         clear_behind(stage, tile * kBackwardRows);
       }
       if (kTakeTurns) ptx::named_sync(2 + warpgroup, 256);
       if (contains(visible, tile)) {
-        add_tile(s_t, g, dk, dv, warpgroup, stage, tile);
+        if (kOwnLoader && contains(whole, tile)) {
+          add_tile<false>(s_t, g, dk, dv, warpgroup, k, q, stage, tile);
+        } else {
+          add_tile<true>(s_t, g, dk, dv, warpgroup, k, q, stage, tile);
+        }
       } else if (kTakeTurns) {
         ptx::named_arrive(2 + (warpgroup ^ 1), 256);
       }
@@ -196,19 +220,25 @@ struct KeysBlock {
     return ptx::load_shared(&from.statistics[n >> 3][8 * (n & 7) + 2 * (threadIdx.x & 3)]);
   }
 
+  // kMasked: some key may not see some query. Of other tiles, where registers allow, the products
+  // of p u are issued before g is there.
+  template <bool kMasked>
   __device__ __forceinline__ void add_tile(float (&s_t)[64], float (&g)[32],
                                            float (&dk)[kHeadDim / 2], float (&dv)[kHeadDim / 2],
-                                           int warpgroup, int stage, int tile) const {
+                                           int warpgroup, std::uint32_t k, std::uint32_t q,
+                                           int stage, int tile) const {
     const auto& from = shared.stages[stage];
-    // Uniform, so that the steps from one product to the next cost no lane anything.
-    const std::uint32_t k =
-        ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.k[warpgroup])));
     const std::uint32_t v = k + (2 * kPanels * kPanelBytes >> 4);
-    const std::uint32_t q =
-        ptx::uniform(wgmma::descriptor(ptx::shared_address(&from), Shared::kPairPanel));
     const std::uint32_t r = q + (kPanelBytes >> 4);
     const std::uint32_t d_o =
         q + (kPanels * Shared::kPairPanel >> 4) - ((Shared::kPairPanel - kPanelBytes) >> 4 << 16);
+    float4 ahead[kAhead];
+    const auto read_ahead = [&] {
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) ahead[i] = statistics(from, i);
+    };
+    // Behind the products, a read takes several times as long; before them, it takes registers.
+    if (kOwnLoader) read_ahead();
     wgmma::fence();
 #pragma unroll
     for (int kk = 0; kk < kHeadDim / 16; ++kk) {
@@ -222,10 +252,8 @@ struct KeysBlock {
                        kk != 0);
     }
     wgmma::commit();
-    const bool masked = !contains(shared.whole[warpgroup], tile);
-    float4 ahead[kAhead];
-#pragma unroll
-    for (int i = 0; i < kAhead; ++i) ahead[i] = statistics(from, i);
+    const bool masked = kMasked && !contains(shared.whole[warpgroup], tile);
+    if (!kOwnLoader) read_ahead();
     wgmma::wait<1>();
     wgmma::settle(s_t);
     if (kTakeTurns) ptx::named_arrive(2 + (warpgroup ^ 1), 256);
@@ -240,13 +268,20 @@ struct KeysBlock {
         s_t[33 + i] = fmaf(s_t[33 + i], -params.fold, c.w);
       }
       ahead[n % kAhead] = statistics(from, n + kAhead);
+      if (!kMasked && n % 2 == 1) add_values(s_t, dv, n / 2, d_o);
     }
-    wgmma::wait<0>();
-    wgmma::settle(g);
-    if (masked) hide(s_t, g, warpgroup, tile);
+    if constexpr (kMasked) {
+      wgmma::wait<0>();
+      wgmma::settle(g);
+      if (masked) hide(s_t, g, warpgroup, tile);
+    } else {
+      wgmma::commit();
+      wgmma::wait<1>();
+      wgmma::settle(g);
+    }
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
-      std::uint32_t a[4], e[4], ds[4];
+      std::uint32_t e[4], ds[4];
 #pragma unroll
       for (int n = 2 * kk; n < 2 * kk + 2; ++n) {
         const float4 c = ahead[(8 + n) % kAhead];
@@ -256,15 +291,14 @@ struct KeysBlock {
           const int word = 2 * (n & 1) + half;
           const float e0 = s_t[i] * fmaf(g[i], params.fold, -c.x);
           const float e1 = s_t[i + 1] * fmaf(g[i + 1], params.fold, -c.z);
-          a[word] = ptx::pack<T>(s_t[i] * s_t[32 + i], s_t[i + 1] * s_t[33 + i]);
           ds[word] = ptx::pack<T>(fmaf(s_t[32 + i], e0, -c.y * s_t[i]),
                                   fmaf(s_t[33 + i], e1, -c.w * s_t[i + 1]));
           e[word] = ptx::pack<T>(e0, e1);
         }
         if (n + kAhead < 8) ahead[(8 + n) % kAhead] = statistics(from, 8 + n + kAhead);
       }
+      if (kMasked) add_values(s_t, dv, kk, d_o);
       wgmma::fence();
-      Sums::template register_a<1>(dv, a[0], a[1], a[2], a[3], d_o + kk * kRowStep, true);
       Sums::template register_a<1>(dk, ds[0], ds[1], ds[2], ds[3], q + kk * kRowStep, true);
       Sums::template register_a<1, -1>(dk, e[0], e[1], e[2], e[3], r + kk * kRowStep, true);
     }
@@ -272,6 +306,20 @@ struct KeysBlock {
     wgmma::wait<0>();
     wgmma::settle(dk);
     wgmma::settle(dv);
+  }
+
+  // dv += (p u)' d_o of 16 queries.
+  __device__ __forceinline__ static void add_values(const float (&s_t)[64],
+                                                    float (&dv)[kHeadDim / 2], int kk,
+                                                    std::uint32_t d_o) {
+    std::uint32_t a[4];
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const int i = 8 * kk + 2 * word;
+      a[word] = ptx::pack<T>(s_t[i] * s_t[32 + i], s_t[i + 1] * s_t[33 + i]);
+    }
+    wgmma::fence();
+    Sums::template register_a<1>(dv, a[0], a[1], a[2], a[3], d_o + kk * kRowStep, true);
   }
 
   // Zeros p, u and g where the query does not see the key, whatever they are.
@@ -310,9 +358,13 @@ __global__ void __launch_bounds__(KeysBlock<T, kHeadDim>::kThreads, 1)
     shared.sequence = sequence;
     shared.place = place;
     shared.tiles = tiles_over(mask.queries({first_key, first_key + kBackwardTile}));
-    for (BlockPlace& next : shared.next) {
-      next = {place.b, place.head * params.group, shared.tiles.begin};
+    const int first_head = place.head * params.group;
+    const int first_row = shared.tiles.begin * kBackwardRows;
+    for (NextTile& next : shared.next) {
+      next = {static_cast<int>(sequence.q_offset) + first_row, first_head,
+              static_cast<int>(sequence.batch_idx), shared.tiles.size()};
     }
+    shared.next_statistics = statistics_begin(params, sequence, place.b, first_head) + first_row;
     for (int i = 0; i < kBackwardStages; ++i) {
       ptx::barrier_init(&shared.full[i], 4);
       ptx::barrier_init(&shared.empty[i], 8);

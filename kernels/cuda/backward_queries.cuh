@@ -30,6 +30,7 @@ struct alignas(1024) QueriesShared {
   // The block's work, here because registers are scarce.
   Sequence sequence;
   BlockPlace place;
+  int4 source;       // of k and v: row of key 0, head, batch entry
   Range tiles;       // of keys that some query sees
   Range visible[2];  // by warpgroup: key tiles that its queries see at all,
   Range whole[2];    // and that need no mask
@@ -60,14 +61,14 @@ struct QueriesBlock {
     return kBackwardRows * warpgroup + 16 * warp() + (lane() >> 2);
   }
 
-  __device__ __forceinline__ void load_queries() const {
+  __device__ __forceinline__ void load_queries(const Sequence& sequence,
+                                               const BlockPlace& place) const {
     ptx::barrier_expect(&shared.queries_full, 6 * kPanels * kPanelBytes);
-    const Sequence& sequence = shared.sequence;
-    const int row = static_cast<int>(sequence.q_offset) + shared.place.tile * kBackwardTile;
+    const int row = static_cast<int>(sequence.q_offset) + place.tile * kBackwardTile;
     const int batch_idx = static_cast<int>(sequence.batch_idx);
     for (int i = 0; i < 2 * kPanels; ++i) {
       const int panel = i % kPanels;
-      const int coordinates[4] = {64 * panel, row + i / kPanels * kBackwardRows, shared.place.head,
+      const int coordinates[4] = {64 * panel, row + i / kPanels * kBackwardRows, place.head,
                                   batch_idx};
       ptx::copy_box(shared.q[i / kPanels][panel], &maps.q, coordinates, &shared.queries_full);
       ptx::copy_box(shared.r[i / kPanels][panel], &maps.r, coordinates, &shared.queries_full);
@@ -77,18 +78,15 @@ struct QueriesBlock {
 
   __device__ __forceinline__ void load(int tile, int stage, int phase) const {
     if (lane() == 0 && warp() < kLoaders) {
-      const Sequence& sequence = shared.sequence;
+      const int4 source = shared.source;
       const int panel = warp() % kPanels;
       const bool of_k = warp() < kPanels;
       std::uint64_t* full = &shared.full[stage];
-      const int row = static_cast<int>(sequence.kv_offset) + tile * kBackwardRows;
       ptx::barrier_wait(&shared.empty[stage], phase);
       ptx::barrier_expect(full, kPanelBytes);
-      ptx::copy_box(
-          of_k ? shared.stages[stage].k[panel] : shared.stages[stage].v[panel],
-          of_k ? &maps.k : &maps.v,
-          {64 * panel, row, shared.place.head / params.group, static_cast<int>(sequence.batch_idx)},
-          full);
+      ptx::copy_box(of_k ? shared.stages[stage].k[panel] : shared.stages[stage].v[panel],
+                    of_k ? &maps.k : &maps.v,
+                    {64 * panel, source.x + tile * kBackwardRows, source.y, source.z}, full);
     }
     __syncwarp();
   }
@@ -152,11 +150,21 @@ struct QueriesBlock {
              stage == 0 ? phase ^ 1 : phase);
       }
       const bool meets = contains(shared.visible[warpgroup], tile);
+      // Uniform, so that the steps from one product to the next cost no lane anything; before the
+      // wait, which hides how long that takes.
+      const std::uint32_t q =
+          ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.q[warpgroup])));
+      const std::uint32_t k =
+          ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.stages[stage].k), kPanelBytes));
       ptx::barrier_wait(&shared.full[stage], phase);
       if ((stage | phase) == 0 || tile + 1 == tiles.end) clear_unseen(stage, tile * kBackwardRows);
       if (kTakeTurns) ptx::named_sync(2 + warpgroup, 256);
       if (meets) {
-        add_tile(s, g, t, dq, dr, sums, warpgroup, stage, tile);
+        if (kOwnLoader && contains(shared.whole[warpgroup], tile)) {
+          add_tile<false>(s, g, t, dq, dr, sums, warpgroup, q, k, tile);
+        } else {
+          add_tile<true>(s, g, t, dq, dr, sums, warpgroup, q, k, tile);
+        }
       } else if (kTakeTurns) {
         ptx::named_arrive(2 + (warpgroup ^ 1), 256);
       }
@@ -167,18 +175,15 @@ struct QueriesBlock {
     finish(dq, dr, sums, warpgroup);
   }
 
+  // kMasked: some query may not see some key. Of other tiles, where registers allow, the products
+  // of e are issued before t is there.
+  template <bool kMasked>
   __device__ __forceinline__ void add_tile(float (&s)[32], float (&g)[32], float (&t)[32],
                                            float (&dq)[kHeadDim / 2], float (&dr)[kHeadDim / 2],
-                                           RowSums& sums, int warpgroup, int stage,
-                                           int tile) const {
-    const auto& from = shared.stages[stage];
-    // Uniform, so that the steps from one product to the next cost no lane anything.
-    const std::uint32_t q =
-        ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.q[warpgroup])));
+                                           RowSums& sums, int warpgroup, std::uint32_t q,
+                                           std::uint32_t k, int tile) const {
     const std::uint32_t r = q + (2 * kPanels * kPanelBytes >> 4);
     const std::uint32_t d_o = r + (2 * kPanels * kPanelBytes >> 4);
-    const std::uint32_t k =
-        ptx::uniform(wgmma::descriptor(ptx::shared_address(from.k), kPanelBytes));
     const std::uint32_t v = k + (kPanels * kPanelBytes >> 4);
     const auto issue = [&](float(&to)[32], std::uint32_t a, std::uint32_t b) {
 #pragma unroll
@@ -188,13 +193,20 @@ struct QueriesBlock {
       }
       wgmma::commit();
     };
+    const float4* own = &shared.statistics[own_query(warpgroup)];
+    float lse[2];
+    const auto read_lse = [&] {
+      lse[0] = ptx::load_shared(&own[0].x);
+      lse[1] = ptx::load_shared(&own[8].x);
+    };
+    // Behind the products, a read takes several times as long; before them, it takes registers.
+    if (kOwnLoader) read_lse();
     wgmma::fence();
     issue(s, q, k);
     issue(g, d_o, v);
     issue(t, r, k);
-    const bool masked = !contains(shared.whole[warpgroup], tile);
-    const float4* own = &shared.statistics[own_query(warpgroup)];
-    const float lse[2] = {ptx::load_shared(&own[0].x), ptx::load_shared(&own[8].x)};
+    const bool masked = kMasked && !contains(shared.whole[warpgroup], tile);
+    if (!kOwnLoader) read_lse();
     wgmma::wait<2>();
     wgmma::settle(s);
 #pragma unroll
@@ -209,33 +221,53 @@ struct QueriesBlock {
     for (int i = 0; i < 32; ++i) g[i] = s[i] * (g[i] - g_bar[i >> 1 & 1]);  // g -> e
     const float one_t_bar[2] = {ptx::load_shared(&own[0].y), ptx::load_shared(&own[8].y)};
     const float slope[2] = {ptx::load_shared(&own[0].w), ptx::load_shared(&own[8].w)};
-    wgmma::wait<0>();
-    wgmma::settle(t);
-    if (masked) hide(s, g, t, warpgroup, tile);
+    if constexpr (kMasked) {
+      wgmma::wait<0>();
+      wgmma::settle(t);
+      if (masked) hide(s, g, t, warpgroup, tile);
+    } else {
+#pragma unroll
+      for (int kk = 0; kk < 4; ++kk) add_e(g, dr, sums, kk, k);
+      wgmma::commit();
+      wgmma::wait<1>();
+      wgmma::settle(t);
+    }
 #pragma unroll
     for (int kk = 0; kk < 4; ++kk) {
-      std::uint32_t e[4], ds[4];
+      if (kMasked) add_e(g, dr, sums, kk, k);
+      std::uint32_t ds[4];
 #pragma unroll
       for (int word = 0; word < 4; ++word) {
         const int i = 8 * kk + 2 * word;
         const int half = word & 1;
-        e[word] = ptx::pack<T>(g[i], g[i + 1]);
         ds[word] =
             ptx::pack<T>(fmaf(one_t_bar[half] - t[i], g[i], -slope[half] * s[i]),
                          fmaf(one_t_bar[half] - t[i + 1], g[i + 1], -slope[half] * s[i + 1]));
-        const float2 rounded_e = ptx::unpack<T>(e[word]);
-        const float2 rounded_ds = ptx::unpack<T>(ds[word]);
-        sums.e[half] += rounded_e.x + rounded_e.y;
-        sums.ds[half] += rounded_ds.x + rounded_ds.y;
+        const float2 rounded = ptx::unpack<T>(ds[word]);
+        sums.ds[half] += rounded.x + rounded.y;
       }
       wgmma::fence();
-      Sums::template register_a<1, -1>(dr, e[0], e[1], e[2], e[3], k + kk * kRowStep, true);
       Sums::template register_a<1>(dq, ds[0], ds[1], ds[2], ds[3], k + kk * kRowStep, true);
     }
     wgmma::commit();
     wgmma::wait<0>();
     wgmma::settle(dq);
     wgmma::settle(dr);
+  }
+
+  // dr -= e K of 16 keys.
+  __device__ __forceinline__ static void add_e(const float (&g)[32], float (&dr)[kHeadDim / 2],
+                                               RowSums& sums, int kk, std::uint32_t k) {
+    std::uint32_t e[4];
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const int i = 8 * kk + 2 * word;
+      e[word] = ptx::pack<T>(g[i], g[i + 1]);
+      const float2 rounded = ptx::unpack<T>(e[word]);
+      sums.e[word & 1] += rounded.x + rounded.y;
+    }
+    wgmma::fence();
+    Sums::template register_a<1, -1>(dr, e[0], e[1], e[2], e[3], k + kk * kRowStep, true);
   }
 
   // Zeros p, e and t where the query does not see the key, whatever they are.
@@ -267,11 +299,8 @@ struct QueriesBlock {
         2 * (lane() & 3);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-#pragma unroll
-      for (int step = 1; step < 4; step *= 2) {
-        sums.e[half] += __shfl_xor_sync(0xffffffffu, sums.e[half], step);
-        sums.ds[half] += __shfl_xor_sync(0xffffffffu, sums.ds[half], step);
-      }
+      sums.e[half] = quad_sum(sums.e[half]);
+      sums.ds[half] = quad_sum(sums.ds[half]);
       // Of a single key p is 1 and everything else cancels, here as on paper.
       const float keep = shared.keys[own + 8 * half].size() == 1 ? 0.f : 1.f;
 #pragma unroll
@@ -318,18 +347,23 @@ __global__ void __launch_bounds__(QueriesBlock<T, kHeadDim>::kThreads, 1)
   const Mask& mask = sequence.mask;
   const int first = place.tile * kBackwardTile;
   const Block block{maps, params, shared};
-  if (threadIdx.x == 0) {
+  const Range tiles = tiles_over(mask.keys({first, min(first + kBackwardTile, mask.q_len)}));
+  if (threadIdx.x == 32) {
     shared.sequence = sequence;
     shared.place = place;
+    shared.source = {static_cast<int>(sequence.kv_offset), place.head / params.group,
+                     static_cast<int>(sequence.batch_idx), 0};
     shared.seen = mask.keys({0, mask.q_len});
-    shared.tiles = tiles_over(mask.keys({first, min(first + kBackwardTile, mask.q_len)}));
+    shared.tiles = tiles;
+  }
+  if (threadIdx.x == 0) {
     for (int i = 0; i < kBackwardStages; ++i) {
       ptx::barrier_init(&shared.full[i], Block::kLoaders);
       ptx::barrier_init(&shared.empty[i], 8);
     }
     ptx::barrier_init(&shared.queries_full, 1);
     ptx::fence_barrier_init();
-    if (!shared.tiles.empty()) block.load_queries();
+    if (!tiles.empty()) block.load_queries(sequence, place);
   }
   if (threadIdx.x < kBackwardTile) {
     const int n = static_cast<int>(threadIdx.x);
