@@ -106,7 +106,6 @@ struct DecodeKeys {
         static_cast<const Cache*>(params.v.data) + item.kv_head * params.v.head_stride + column;
     const std::uint32_t base =
         slice_address(stage) + lane_row * kRowBytes + ((chunk ^ swizzle(lane_row)) << 4);
-    const std::uint64_t policy = mma::first_out_policy();
 #pragma unroll kUnroll
     for (int i = 0; i < kCopies; ++i) {
       const int first = i * kRowsPerCopy;
@@ -120,8 +119,8 @@ struct DecodeKeys {
         mma::copy_async(to, k + k_offset, bytes);
         mma::copy_async(to + Shared::kSliceBytes, v + v_offset, bytes);
       } else {
-        mma::copy_async(to, k + k_offset, there, policy);
-        mma::copy_async(to + Shared::kSliceBytes, v + v_offset, there, policy);
+        mma::copy_if(to, k + k_offset, there);
+        mma::copy_if(to + Shared::kSliceBytes, v + v_offset, there);
       }
     }
   }

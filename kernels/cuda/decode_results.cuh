@@ -136,6 +136,7 @@ struct DecodeResults {
             __ldcg(reinterpret_cast<const float4*>(partial(item, base + lane, of) + 2 * kHeadDim));
         part = {x.x, x.y, x.z, x.w};
       }
+      if (first >= count) align(sum, part);  // all warps of a row agree on m
 #pragma unroll 1
       for (int i = first; i < count; i += kAtOnce * every) {
         float4 o1[kAtOnce];

@@ -21,21 +21,13 @@ __device__ __forceinline__ void copy_or_clear(std::uint32_t destination, const v
                : "memory");
 }
 
-// For what is read once: the first to leave the L2 cache, so that code and all else stay there.
-__device__ __forceinline__ std::uint64_t first_out_policy() {
-  std::uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  return policy;
-}
-
-// The same copy under a cache policy.
-__device__ __forceinline__ void copy_async(std::uint32_t destination, const void* source,
-                                           bool there, std::uint64_t policy) {
+// Copies 16 bytes, or zeros where `there` is false, by a predicate instead of by a size: no cache
+// policy beside it, for which ptxas 13.0 writes instructions that do not exist.
+__device__ __forceinline__ void copy_if(std::uint32_t destination, const void* source, bool there) {
   asm volatile(
       "{\n\t.reg .pred absent;\n\tsetp.eq.s32 absent, %2, 0;\n\t"
-      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, absent, %3;\n\t}" ::"r"(
-          destination),
-      "l"(source), "r"(static_cast<int>(there)), "l"(policy)
+      "cp.async.cg.shared.global.L2::128B [%0], [%1], 16, absent;\n\t}" ::"r"(destination),
+      "l"(source), "r"(static_cast<int>(there))
       : "memory");
 }
 
