@@ -6,38 +6,19 @@ rounds, beside the same work in LibTorch's operations. Needs PARALLAX_LIBRARY or
     PYTHONPATH=python python bench/bench_append.py
 """
 
-import statistics
-
 import torch
 
 import parallax_cpp
+from contest import announce, captured, medians
 
 HEAD_DIM, NUM_KV_HEADS, NUM_Q_HEADS, PAGE_SIZE = 128, 8, 16, 16
 ROUNDS, CALLS = 15, 20
 
 
 def microseconds(calls):
-    """Medians of several functions, a graph of CALLS calls each, taken in turn."""
-    graphs = []
-    for call in calls:
-        call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CALLS):
-                call()
-        graphs.append(graph)
-    times = [[] for _ in calls]
-    for _ in range(ROUNDS):
-        for graph, measured in zip(graphs, times):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(2_000_000)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            measured.append(begin.elapsed_time(end) * 1e3 / CALLS)
-    return [statistics.median(measured) for measured in times]
+    """Medians of {name: function}, a graph of CALLS calls each, taken in turn."""
+    replays = {name: captured([call] * CALLS) for name, call in calls.items()}
+    return {name: ms * 1e3 / CALLS for name, ms in medians(replays, ROUNDS).items()}
 
 
 class Step:
@@ -104,10 +85,11 @@ def print_appends():
     for batch, length in ((1, 1), (64, 1), (32, 4), (1, 32768), (32, 1024)):
         step = Step(batch, length)
         names = ["append", "append_fp8", "torch_append", "append_rotary", "torch_rotary"]
-        times = microseconds([getattr(step, name) for name in names])
+        times = microseconds({name: getattr(step, name) for name in names})
         moved = 2 * 2 * step.k.numel() * 2  # k and v, read and written, bf16
-        text = "  ".join(f"{name} {time:8.1f}" for name, time in zip(names, times))
-        print(f"batch {batch:3} x {length:5} tokens: {text}  ({moved / times[0] / 1e6:.2f} TB/s)")
+        text = "  ".join(f"{name} {time:8.1f}" for name, time in times.items())
+        rate = moved / times["append"] / 1e6
+        print(f"batch {batch:3} x {length:5} tokens: {text}  ({rate:.2f} TB/s)")
 
 
 def print_merges():
@@ -119,17 +101,16 @@ def print_merges():
             )
             for _ in range(count)
         ]
-        merge, finish = microseconds(
-            [
-                lambda: parallax_cpp.merge(states),
-                lambda: parallax_cpp.finalize(states[0], dtype=torch.bfloat16),
-            ]
-        )
-        print(f"{count} states of {batch} x {heads} rows: merge {merge:.1f}  finalize {finish:.1f}")
+        times = microseconds({
+            "merge": lambda: parallax_cpp.merge(states),
+            "finalize": lambda: parallax_cpp.finalize(states[0], dtype=torch.bfloat16),
+        })
+        text = "  ".join(f"{name} {time:.1f}" for name, time in times.items())
+        print(f"{count} states of {batch} x {heads} rows: {text}")
 
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; us a call")
+    announce("us a call")
     print_appends()
     print_merges()

@@ -10,22 +10,14 @@ FlashAttention-2 (through torch). Contestants take turns; before every call the 
 3 ms, so that enqueueing never shows; medians of CUDA events. Parallax does 4 matrix products per
 tile where softmax attention does 2.
 """
-import argparse
 import ctypes
-import json
 import math
-import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-
-SLEEP_CYCLES = 6_000_000
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("batch_stride", "len_stride", "head_stride")
-    ]
+from contest import (SDPA_BACKENDS, Tensor, able, announce, arguments_of, enqueue, libraries,
+                     medians, sdpa, warmed, write_json)
 
 
 class Call(ctypes.Structure):
@@ -116,31 +108,37 @@ class Problem:
             ends = torch.tensor((0,) + row.lengths, dtype=torch.int32).cumsum(0)
             self.cu = ends.to(device="cuda", dtype=torch.int32)
 
+    def call(self, names, portable=False):
+        """A call with the tensors of these names."""
+        row = self.row
+        call = Call(batch=len(row.lengths) if row.lengths else row.batch, q_len=self.tokens,
+                    kv_len=self.tokens, num_q_heads=row.q_heads, num_kv_heads=row.kv_heads,
+                    head_dim=row.head_dim, window=row.window, scale=self.scale, causal=row.causal,
+                    packed=bool(row.lengths), fp16=row.dtype == torch.float16, portable=portable,
+                    device=torch.cuda.current_device())
+        for name in names:
+            setattr(call, name, Tensor.of(getattr(self, name)))
+        if self.cu is not None:
+            call.cu_seqlens_q = call.cu_seqlens_k = self.cu.data_ptr()
+        return call
 
-def parallax(library, problem, portable=False):
-    """A function of no arguments that enqueues our forward on the current stream."""
-    row = problem.row
-    call = Call(batch=len(row.lengths) if row.lengths else row.batch, q_len=problem.tokens,
-                kv_len=problem.tokens, num_q_heads=row.q_heads, num_kv_heads=row.kv_heads,
-                head_dim=row.head_dim, window=row.window, scale=problem.scale, causal=row.causal,
-                packed=bool(row.lengths), fp16=row.dtype == torch.float16, portable=portable,
-                device=torch.cuda.current_device())
-    for name in "qrkvo":
-        tensor = getattr(problem, name)
-        setattr(call, name, Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
-    if problem.cu is not None:
-        call.cu_seqlens_q = call.cu_seqlens_k = problem.cu.data_ptr()
 
-    def run():
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        if library.parallax_forward(ctypes.byref(call), stream):
-            raise RuntimeError(call.message.decode())
-
-    run()  # says how much workspace it wants
+def ready(function, call):
+    """A function of no arguments that enqueues the call on the current stream."""
+    enqueue(function, call)  # says how much workspace it wants
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device="cuda")
     call.workspace = workspace.data_ptr()
+
+    def run():
+        enqueue(function, call)
+
     run.keep = workspace
     return run
+
+
+def parallax(library, problem, portable=False):
+    """The same of our forward."""
+    return ready(library.parallax_forward, problem.call("qrkvo", portable))
 
 
 def check(problem):
@@ -187,63 +185,29 @@ def baselines(problem):
         pass
     if row.lengths or row.window:
         return found
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    qt, kt, vt = (x.transpose(1, 2) for x in (q, k, v))
-
-    def sdpa(backend):
-        def run():
-            with sdpa_kernel(backend):
-                torch.nn.functional.scaled_dot_product_attention(
-                    qt, kt, vt, is_causal=row.causal, enable_gqa=row.q_heads != row.kv_heads)
-        return run
-
-    found["cuDNN"] = sdpa(SDPBackend.CUDNN_ATTENTION)
-    found["FA2"] = sdpa(SDPBackend.FLASH_ATTENTION)
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    for name, backend in SDPA_BACKENDS.items():
+        found[name] = partial(sdpa, backend, *heads_first, row.causal)
     return found
 
 
 def measure(contestants, rounds):
     """Median milliseconds of each, taking turns. One that refuses is left out."""
-    times = {}
-    for name, run in contestants.items():
-        try:
-            run(), run()
-            torch.cuda.synchronize()
-            times[name] = []
-        except Exception as error:  # noqa: BLE001: a baseline without a kernel for this row
-            print(f"  {name}: {str(error).splitlines()[0][:120]}")
-    for _ in range(rounds):
-        for name in times:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(SLEEP_CYCLES)
-            start.record()
-            contestants[name]()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(list_) for name, list_ in times.items()}
+    return medians(able(contestants, warmed), rounds)
+
+
+def kinds_of(arguments):
+    """{name: (library, portable)} of the contestants that are ours."""
+    kinds = {name: (library, False) for name, library in libraries(arguments, "Parallax").items()}
+    if arguments.portable:
+        kinds |= {f"{name}, portable": (library, True) for name, (library, _) in kinds.items()}
+    return kinds
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lib", action="append", metavar="NAME=PATH",
-                        help="default: Parallax=build/libparallax_bench.so; may be repeated")
-    parser.add_argument("--portable", action="store_true",
-                        help="time the portable kernels too, those that GPUs other than Hopper take")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    parser.add_argument("--json", help="write the figures here too")
-    arguments = parser.parse_args()
-    libraries = {}
-    for item in arguments.lib or ["Parallax=build/libparallax_bench.so"]:
-        name, path = item.split("=", 1)
-        libraries[name] = ctypes.CDLL(path)
-    kinds = {name: (library, False) for name, library in libraries.items()}
-    if arguments.portable:
-        kinds |= {f"{name}, portable": (library, True) for name, library in libraries.items()}
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; forward, ms; "
-          "rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
+    arguments = arguments_of(__doc__, rounds=15, library="Parallax", portable=True).parse_args()
+    kinds = kinds_of(arguments)
+    announce("forward, ms; rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
     figures = []
     for row in ROWS:
         if arguments.only not in row.name():
@@ -269,9 +233,7 @@ def main():
         figures.append({"row": row.name(), "ms": times, "error": errors})
         del problem, contestants
         torch.cuda.empty_cache()
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "rows": figures}, file, indent=1)
+    write_json(arguments, figures)
 
 
 if __name__ == "__main__":

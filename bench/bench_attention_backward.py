@@ -3,18 +3,17 @@
 """Times the CUDA backward beside softmax attention's, in one process.
 
     bench_attention_backward.py [--lib NAME=libparallax_bench.so ...] [--portable] [--rounds N]
-                                [--only TEXT]
+                                [--only TEXT] [--json FILE]
 
 Baselines are cuDNN's and FlashAttention-2's backward, through torch's autograd; timed as
 bench_attention.py times the forward. Parallax needs 8 matrix products per tile (ours executes 11)
 where softmax attention needs 5.
 """
-import argparse
-import ctypes
 import math
 
 import torch
-from bench_attention import ROWS, Call, Problem, Tensor, measure
+from bench_attention import ROWS, Problem, kinds_of, measure, ready
+from contest import SDPA_BACKENDS, announce, arguments_of, refused, sdpa, write_json
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
 
@@ -32,33 +31,15 @@ class BackwardProblem(Problem):
         for name in GRADIENTS:
             like = self.q if name in ("dq", "dr") else self.k
             setattr(self, name, torch.full_like(like, float("nan")))
-        self.enqueue(library.parallax_forward, portable)()
+        forward = ("q", "r", "k", "v", "o", "v_bar")
+        ready(library.parallax_forward, self.call(forward, portable))()
+        self.backward = ready(library.parallax_backward,
+                              self.call(forward + ("d_o",) + GRADIENTS, portable))
 
-    def enqueue(self, function, portable=False):
-        """A function of no arguments that enqueues this call on the current stream."""
-        row = self.row
-        call = Call(batch=len(row.lengths) if row.lengths else row.batch, q_len=self.tokens,
-                    kv_len=self.tokens, num_q_heads=row.q_heads, num_kv_heads=row.kv_heads,
-                    head_dim=row.head_dim, window=row.window, scale=self.scale, causal=row.causal,
-                    packed=bool(row.lengths), fp16=row.dtype == torch.float16,
-                    portable=portable, device=torch.cuda.current_device(), lse=self.lse.data_ptr(),
-                    t_bar=self.t_bar.data_ptr())
-        for name in ("q", "r", "k", "v", "o", "v_bar", "d_o") + GRADIENTS:
-            tensor = getattr(self, name)
-            setattr(call, name, Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
-        if self.cu is not None:
-            call.cu_seqlens_q = call.cu_seqlens_k = self.cu.data_ptr()
-
-        def run():
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            if function(ctypes.byref(call), stream):
-                raise RuntimeError(call.message.decode())
-
-        run()  # says how much workspace it wants
-        workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device="cuda")
-        call.workspace = workspace.data_ptr()
-        run.keep = workspace
-        return run
+    def call(self, names, portable=False):
+        call = super().call(names, portable)
+        call.lse, call.t_bar = self.lse.data_ptr(), self.t_bar.data_ptr()
+        return call
 
 
 def check(problem):
@@ -99,46 +80,28 @@ def baselines(problem):
     row = problem.row
     if row.lengths or row.window:
         return {}
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def backward(backend):
         leaves = [x.transpose(1, 2).detach().requires_grad_()
                   for x in (problem.q, problem.k, problem.v)]
-        with sdpa_kernel(backend):
-            o = torch.nn.functional.scaled_dot_product_attention(
-                *leaves, is_causal=row.causal, enable_gqa=row.q_heads != row.kv_heads)
+        o = sdpa(backend, *leaves, row.causal)
         d_o = problem.d_o.transpose(1, 2)
         return lambda: torch.autograd.grad(o, leaves, d_o, retain_graph=True)
 
     found = {}
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION),
-                          ("FA2", SDPBackend.FLASH_ATTENTION)):
+    for name, backend in SDPA_BACKENDS.items():
         try:
             found[name] = backward(backend)
         except RuntimeError as error:  # no kernel for this row
-            print(f"  {name}: {str(error).splitlines()[0][:120]}")
+            refused(name, error)
     return found
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lib", action="append", metavar="NAME=PATH",
-                        help="default: Parallax=build/libparallax_bench.so; may be repeated")
-    parser.add_argument("--portable", action="store_true",
-                        help="time the portable kernels too, those that GPUs other than Hopper take")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
-    arguments = parser.parse_args()
-    libraries = {}
-    for item in arguments.lib or ["Parallax=build/libparallax_bench.so"]:
-        name, path = item.split("=", 1)
-        libraries[name] = ctypes.CDLL(path)
-    kinds = {name: (library, False) for name, library in libraries.items()}
-    if arguments.portable:
-        kinds |= {f"{name}, portable": (library, True) for name, library in libraries.items()}
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; backward, ms; "
-          "rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
+    arguments = arguments_of(__doc__, rounds=11, library="Parallax", portable=True).parse_args()
+    kinds = kinds_of(arguments)
+    announce("backward, ms; rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
+    figures = []
     for row in ROWS:
         if row.head_dim > 128 or arguments.only not in row.name():
             continue
@@ -146,8 +109,8 @@ def main():
         contestants, errors = {}, {}
         for name, (library, portable) in kinds.items():
             problem = BackwardProblem(row, library, portable)
-            contestants[name] = problem.enqueue(library.parallax_backward, portable)
-            contestants[name]()
+            contestants[name] = problem.backward
+            problem.backward()
             errors[name] = check(problem)
         contestants.update(baselines(problem))
         times = measure(contestants, arguments.rounds)
@@ -158,8 +121,10 @@ def main():
             if name in errors:
                 text += f"  {2 * row.flops() / ms * 1e-9:4.0f} TFLOP/s  error {errors[name]:.1e}"
             print(text, flush=True)
+        figures.append({"row": row.name(), "ms": times, "error": errors})
         del problem, contestants
         torch.cuda.empty_cache()
+    write_json(arguments, figures)
 
 
 if __name__ == "__main__":

@@ -11,23 +11,18 @@ contestants take turns too: medians of microseconds a call, every launch of a ca
 step are. Baselines that are not installed are left out: FlashAttention-3 (package fa3-fwd), cuDNN
 and FlashAttention-2 (through torch); they compute softmax attention over the same cache.
 """
-import argparse
 import ctypes
-import json
 import math
 import random
 import statistics
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from contest import (SDPA_BACKENDS, Tensor, able, announce, arguments_of, captured, enqueue,
+                     libraries, medians, milliseconds, sdpa, write_json)
 
 COLD_BYTES = 150e6
-
-
-class Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p)] + [
-        (name, ctypes.c_int64) for name in ("batch_stride", "len_stride", "head_stride")
-    ]
 
 
 class Call(ctypes.Structure):
@@ -140,18 +135,11 @@ def parallax(library, problem, with_schedule):
     if row.fp8:
         call.k_scale = call.v_scale = problem.scales.data_ptr()
 
-    def stream():
-        return ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-
-    def checked(status):
-        if status:
-            raise RuntimeError(call.message.decode())
-
     def run(cache):
         for name, tensor in (("q", problem.q), ("r", problem.r), ("k_cache", cache[0]),
                              ("v_cache", cache[1]), ("o", problem.o)):
-            setattr(call, name, Tensor(tensor.data_ptr(), *tensor.stride()[:3]))
-        checked(library.parallax_decode(ctypes.byref(call), stream()))
+            setattr(call, name, Tensor.of(tensor))
+        enqueue(library.parallax_decode, call)
 
     run(problem.caches[0])  # says how much workspace it wants
     run.keep = [torch.empty(n, dtype=torch.uint8, device="cuda")
@@ -159,7 +147,7 @@ def parallax(library, problem, with_schedule):
     call.workspace = run.keep[0].data_ptr()
     if with_schedule:
         call.schedule = run.keep[1].data_ptr()
-        checked(library.parallax_decode_schedule(ctypes.byref(call), stream()))
+        enqueue(library.parallax_decode_schedule, call)
     return run
 
 
@@ -200,33 +188,13 @@ def baselines(problem):
         pass
     if row.ragged or row.q_len > 1:
         return found
-    from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def sdpa(backend):
-        def run(cache):
-            k, v = (x.transpose(1, 2) for x in cache)
-            with sdpa_kernel(backend):
-                torch.nn.functional.scaled_dot_product_attention(
-                    q.transpose(1, 2), k, v, enable_gqa=row.q_heads != row.kv_heads)
-        return run
+    def softmax(backend, cache):
+        sdpa(backend, q.transpose(1, 2), *(x.transpose(1, 2) for x in cache), causal=False)
 
-    found["cuDNN"] = sdpa(SDPBackend.CUDNN_ATTENTION)
-    found["FA2"] = sdpa(SDPBackend.FLASH_ATTENTION)
+    for name, backend in SDPA_BACKENDS.items():
+        found[name] = partial(softmax, backend)
     return found
-
-
-def captured(run, caches, calls):
-    """A graph of `calls` calls over the caches in turn, or None with a line printed."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run(caches[0]), run(caches[-1])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for i in range(calls):
-            run(caches[i % len(caches)])
-    return graph
 
 
 def measure(contestants, problem, rounds):
@@ -234,61 +202,29 @@ def measure(contestants, problem, rounds):
     caches = problem.caches
     # Some milliseconds of work a replay.
     calls = len(caches) * max(1, min(8, int(3e9 / (len(caches) * problem.row.bytes()))))
-    graphs, times = {}, {}
-    for name, run in contestants.items():
-        try:
-            graphs[name] = captured(run, caches, calls)
-            times[name] = []
-        except Exception as error:  # noqa: BLE001: a baseline without a kernel for this row
-            torch.cuda.synchronize()
-            print(f"  {name}: {str(error).splitlines()[0][:120]}")
-    for _ in range(rounds):
-        for name, graph in graphs.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / calls)
-    return {name: statistics.median(list_) for name, list_ in times.items()}
+    replays = able(contestants, lambda run: captured(
+        [partial(run, caches[i % len(caches)]) for i in range(calls)]))
+    return {name: ms * 1e3 / calls for name, ms in medians(replays, rounds).items()}
 
 
 def ceilings():
-    """Bytes a second of a device copy (read and written) and of a read-only sum."""
+    """TB/s of a device copy (read and written) and of a read-only sum."""
     x = torch.empty(2 ** 30, dtype=torch.uint8, device="cuda").view(torch.float32).normal_()
     y = torch.empty_like(x)
 
     def rate(run, bytes_):
-        times = []
-        for _ in range(7):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return bytes_ / statistics.median(times) * 1e-9
+        return bytes_ / statistics.median(milliseconds(run) for _ in range(7)) * 1e-9
 
     return rate(lambda: y.copy_(x), 2 * x.nbytes), rate(lambda: x.sum(), x.nbytes)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lib", action="append", metavar="NAME=PATH",
-                        help="default: ours=build/libparallax_bench.so; may be repeated")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser = arguments_of(__doc__, rounds=11, library="ours")
     parser.add_argument("--rows", choices=("table", "extras", "all"), default="all")
-    parser.add_argument("--json", help="write the figures here too")
     arguments = parser.parse_args()
-    libraries = {}
-    for item in arguments.lib or ["ours=build/libparallax_bench.so"]:
-        name, path = item.split("=", 1)
-        libraries[name] = ctypes.CDLL(path)
+    ours = libraries(arguments, "ours")
     copy, read = ceilings()
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; decode, us a call; device "
-          f"copy {copy:.2f}, read {read:.2f} TB/s")
+    announce(f"decode, us a call; device copy {copy:.2f}, read {read:.2f} TB/s")
     figures = []
     rows = {"table": TABLE, "extras": EXTRAS, "all": TABLE + EXTRAS}[arguments.rows]
     for row in rows:
@@ -296,7 +232,7 @@ def main():
             continue
         problem = Problem(row)
         contestants, errors = {}, {}
-        for name, library in libraries.items():
+        for name, library in ours.items():
             for label, with_schedule in ((name, False), (name + " layer", True)):
                 try:
                     run = parallax(library, problem, with_schedule)
@@ -320,10 +256,7 @@ def main():
         figures.append({"row": row.name(), "bytes": row.bytes(), "us": times, "error": errors})
         del problem, contestants
         torch.cuda.empty_cache()
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump({"gpu": torch.cuda.get_device_name(), "copy": copy, "read": read,
-                       "rows": figures}, file, indent=1)
+    write_json(arguments, figures, copy=copy, read=read)
 
 
 if __name__ == "__main__":
