@@ -23,10 +23,10 @@ class Decode {
       : block_(block),
         stride_(decode_stride(block.head_dim)),
         rows_of_head_(block.group * block.q_len),
+        share_((kStep + rows_of_head_ - 1) / rows_of_head_),
         rows_(std::int64_t{block.num_kv_heads} * rows_of_head_),
-        pairs_values_(kDots<kType> && rows_of_head_ > 1),
         packs_(kIsFp8 || block.head_dim != stride_ ||
-               (kType != DType::kFloat32 && rows_of_head_ > 1)),
+               (kType != DType::kFloat32 && !kDots<kType> && rows_of_head_ > 1)),
         queries_(scratch),
         scores_(queries_ + rows_ * 2 * stride_),
         packed_(scores_ + rows_ * kDecodeScoreRow) {
@@ -48,7 +48,7 @@ class Decode {
       }
     }
     if (kIsFp8) scale_values();
-    if (kType != DType::kBFloat16 || packs_) return;
+    if (kType != DType::kBFloat16 || kDots<kType> || packs_) return;
     for (std::int64_t i = 0; i < 2 * rows_; ++i) join_pairs(block_.o + i * stride_, stride_);
   }
 
@@ -81,25 +81,31 @@ class Decode {
 
   // Asks for the tokens of a step, a share of them at each of its head's rows.
   void prefetch(const Step& step, std::int64_t head_offset, int f, int rows) const {
-    const int begin = kStep * f / rows_of_head_, end = kStep * (f + rows) / rows_of_head_;
-    for (int i = begin; i < end; ++i) {
+    const int end = (f + rows) * share_ < kStep ? (f + rows) * share_ : kStep;
+    for (int i = f * share_; i < end; ++i) {
       for (int at = 0; at < block_.head_dim * Element<kType>::kBytes; at += 64) {
         __builtin_prefetch(step.tokens[i] + head_offset + at, 0, 2);
       }
     }
   }
 
-  // A step's rows as floats, zeros up to whole units: needed where a unit would reach behind their
-  // end, and worth it where several rows use them (rows a multiple of 4 KiB apart would share few
-  // sets of the first-level cache). Tokens without their bit in `seen` are zero.
-  Step pack(const Step& from, unsigned seen, float* to) const {
+  // A step's rows in the form in which they meet the queries' rows, zeros up to whole units. As
+  // floats where several rows use them (rows a multiple of 4 KiB apart would share few sets of the
+  // first-level cache), or where a unit would reach behind their end; bf16 words stay words. Tokens
+  // without their bit in `seen` are zero.
+  Step operands(const Step& from, unsigned seen) const {
+    if (!packs_ && seen == ~0u) return from;
+    constexpr int kFold = kDots<kType> ? 2 : 1;
     Step packed;
-    for (int i = 0; i < kStep; ++i, to += stride_) {
+    float* to = packed_;
+    for (int i = 0; i < kStep; ++i, to += stride_ / kFold) {
       packed.tokens[i] = reinterpret_cast<const char*>(to);
-      if (seen >> i & 1) {
-        read_padded(Element<kType>{}, from.tokens[i], to);
+      if (!(seen >> i & 1)) {
+        clear_row(to, stride_ / kFold);
+      } else if constexpr (kDots<kType>) {
+        copy_words(from.tokens[i], to);
       } else {
-        clear_row(to, stride_);
+        read_padded(Element<kType>{}, from.tokens[i], to);
       }
     }
     return packed;
@@ -111,19 +117,17 @@ class Decode {
     read_row(element, from, block_.head_dim, to);
   }
 
-  // Keys in the form in which they meet the queries: see pack(), or 16-bit words as they are.
-  Step pack_keys(const Step& from, float* to) const {
-    if constexpr (!kDots<kType>) return pack(from, ~0u, to);
-    Step packed;
-    for (int i = 0; i < kStep; ++i, to += stride_ / 2) {
-      packed.tokens[i] = reinterpret_cast<const char*>(to);
-      copy_words(from.tokens[i], to);
-    }
-    return packed;
+  void copy_words(const char* from, float* to) const {
+    for (int d = 0; d < stride_; d += kUnit) store(to + d / 2, read_unit(from, d));
   }
 
-  void copy_words(const char* from, float* to) const {
-    for (int d = 0; d < stride_; d += kUnit) store(to + d / 2, read_unit(from, d, true));
+  // Elements [d, d + kUnit) of a row of 16-bit elements, zeros behind its end.
+  Vec read_unit(const char* row, int d) const {
+    const char* from = row + 2 * d;
+    if (d + kUnit <= block_.head_dim) return load(reinterpret_cast<const float*>(from));
+    alignas(64) float unit[kLanes] = {};
+    std::memcpy(unit, from, 2 * (block_.head_dim - d));
+    return load(unit);
   }
 
   // A query's row in the form in which it meets the keys.
@@ -157,11 +161,11 @@ class Decode {
     const Step next = step(block_.k, i + 1 < steps ? i + 1 : i, steps);
     const float* q = queries_;
     for (int head = 0; head < block_.num_kv_heads; ++head) {
-      const Step operand = packs_ ? pack_keys(keys, packed_) : keys;
+      const Step whole = operands(keys, ~0u);
       for (int f = 0, rows; f < rows_of_head_; f += rows) {
         rows = f + 1 < rows_of_head_ ? kMaxRows : 1;
         prefetch(next, head * block_.k_head_bytes, f, rows);
-        score(operand, rows, q, scores);
+        score(whole, rows, q, scores);
         q += rows * 2 * stride_;
         scores += rows * kDecodeScoreRow;
       }
@@ -175,58 +179,24 @@ class Decode {
     const Step next = step(block_.v, i + 1 < steps ? i + 1 : i, steps);
     std::int64_t row = 0;
     for (int head = 0; head < block_.num_kv_heads; ++head) {
-      const Step operand = pack_values(values, ~0u);
-      const bool apart = ragged && !is_finite(operand);
+      const Step whole = operands(values, ~0u);
+      const bool apart = ragged && !is_finite(whole);
       for (int f = 0, rows; f < rows_of_head_; f += rows, row += rows) {
         rows = f + 1 < rows_of_head_ && !apart ? kMaxRows : 1;
         prefetch(next, head * block_.v_head_bytes, f, rows);
         // 0 * NaN is NaN: hidden values that may be anything are zero for the row.
-        add(apart ? pack_values(values, seen_tokens(row, i, i + 1, steps)) : operand, rows, row,
-            first);
+        add(apart ? operands(values, seen_tokens(row, i, i + 1, steps)) : whole, rows, row, first);
       }
       move_to_next_head(block_.v_head_bytes, &values);
     }
   }
 
-  // The values of a step in the form in which rows add them; see pack().
-  Step pack_values(const Step& from, unsigned seen) const {
-    if (pairs_values_) return pack_pairs(from, seen, packed_);
-    return packs_ || seen != ~0u ? pack(from, seen, packed_) : from;
-  }
-
-  // A step's rows as words of two neighbouring tokens: [kStep / 2, stride].
-  Step pack_pairs(const Step& from, [[maybe_unused]] unsigned seen,
-                  [[maybe_unused]] float* to) const {
-#if defined(__AVX512BF16__)
-    for (int i = 0; i < kStep; i += 2, to += stride_) {
-      for (int d = 0; d < stride_; d += kUnit) {
-        Vec low, high;
-        BFloat16Words::interleave(read_unit(from.tokens[i], d, seen >> i & 1),
-                                  read_unit(from.tokens[i + 1], d, seen >> (i + 1) & 1), &low,
-                                  &high);
-        store(to + d, low);
-        store(to + d + kLanes, high);
-      }
-    }
-#endif
-    return from;
-  }
-
-  // Elements [d, d + kUnit) of a row of 16-bit elements, zeros behind its end or where not seen.
-  Vec read_unit(const char* row, int d, bool seen) const {
-    if (!seen) return zero();
-    const char* from = row + 2 * d;
-    if (d + kUnit <= block_.head_dim) return load(reinterpret_cast<const float*>(from));
-    alignas(64) float unit[kLanes] = {};
-    std::memcpy(unit, from, 2 * (block_.head_dim - d));
-    return load(unit);
-  }
-
-  // Of packed values, or floats.
+  // Of operands of a step.
   bool is_finite(const Step& values) const {
-    if (pairs_values_) return all_finite<2>(packed_, kStep / 2, stride_, stride_);
+    constexpr int kFold = kDots<kType> ? 2 : 1;
+    const int words = stride_ / kFold;
     for (const char* row : values.tokens) {
-      if (!all_finite<1>(reinterpret_cast<const float*>(row), 1, stride_, stride_)) return false;
+      if (!all_finite<kFold>(reinterpret_cast<const float*>(row), 1, words, words)) return false;
     }
     return true;
   }
@@ -253,11 +223,13 @@ class Decode {
   void add(const Step& values, int rows, std::int64_t row, int first) const {
     const float* scores = scores_ + row * kDecodeScoreRow;
     float* o = block_.o + row * 2 * stride_;
-    if (pairs_values_) {
+    if constexpr (kDots<kType>) {
 #if defined(__AVX512BF16__)
-      if (rows == kMaxRows)
-        return multiply_pairs<kMaxRows>(packed_, scores + first / 2, stride_, o);
-      multiply_pairs<1>(packed_, scores + first / 2, stride_, o);
+      if (rows == kMaxRows) {
+        multiply_pairs<kMaxRows>(values.tokens, scores + first / 2, stride_, o);
+      } else {
+        multiply_pairs<1>(values.tokens, scores + first / 2, stride_, o);
+      }
 #endif
     } else if (rows == kMaxRows) {
       multiply_values<DType::kFloat32, kMaxRows>(values.tokens, scores + first, stride_, o);
@@ -276,7 +248,7 @@ class Decode {
       const int visible = mask_row(row, first, last, steps, scores);
       if (visible < kDecodeTokens) ragged = block_.q_len > 1;
       if (visible > 0) {
-        update_row(block_, row, visible, block_.d1[row] == 0.0f, pairs_values_, scores);
+        update_row<kDots<kType>>(block_, row, visible, block_.d1[row] == 0.0f, scores);
         scale_row(scores[kShrink], block_.o + row * 2 * stride_);
       } else {
         for (int j = 0; j < kShrink; j += kLanes) store(scores + j, zero());
@@ -331,9 +303,9 @@ class Decode {
   }
 
   const DecodeBlock& block_;
-  const int stride_, rows_of_head_;
+  const int stride_, rows_of_head_, share_;
   const std::int64_t rows_;  // of all heads
-  const bool pairs_values_, packs_;
+  const bool packs_;
   alignas(64) float factors_[kMaxRows][kLanes];  // see multiply_keys
   float *const queries_, *const scores_, *const packed_;
 };

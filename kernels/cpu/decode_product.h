@@ -220,27 +220,31 @@ PARALLAX_INLINE void multiply_values(const char* const (&values)[kStep], const f
   }
 }
 
-// The same with values and weights as words of two tokens, [kStep / 2, stride] and [kStep / 2].
+// The same with weights as words of two tokens, whose values are interleaved on the way.
 #if defined(__AVX512BF16__)
-template <int kRows, int kNv>
-PARALLAX_INLINE void add_pairs(const float* values, const float* scores, int d, int stride,
-                               float* o) {
-  Vec acc[2 * kRows][kNv];
+template <int kRows, int kUnits>
+PARALLAX_INLINE void add_pairs(const char* const (&values)[kStep], const float* scores, int d,
+                               int stride, float* o) {
+  Vec acc[2 * kRows][2 * kUnits];
   load_sums<kRows>(o + d, stride, acc);
 #pragma GCC unroll 4
-  for (int j = 0; j < kStep / 2; ++j) {
+  for (int j = 0; j < kStep; j += 2) {
     Vec weights[2 * kRows];
 #pragma GCC unroll 4
     for (int i = 0; i < 2 * kRows; ++i) {
-      weights[i] = broadcast(scores[i / 2 * kDecodeScoreRow + i % 2 * kProbe + j]);
+      weights[i] = broadcast(scores[i / 2 * kDecodeScoreRow + i % 2 * kProbe + j / 2]);
     }
-#pragma GCC unroll 8
-    for (int n = 0; n < kNv; ++n) {
-      Vec value = load(values + j * stride + d + n * kLanes);
-      hold(&value);
+#pragma GCC unroll 4
+    for (int n = 0; n < kUnits; ++n) {
+      const int at = d / 2 + n * kLanes;
+      Vec low, high;
+      BFloat16Words::interleave(load(reinterpret_cast<const float*>(values[j]) + at),
+                                load(reinterpret_cast<const float*>(values[j + 1]) + at), &low,
+                                &high);
 #pragma GCC unroll 4
       for (int i = 0; i < 2 * kRows; ++i) {
-        acc[i][n] = BFloat16Words::multiply_add(weights[i], value, acc[i][n]);
+        acc[i][2 * n] = BFloat16Words::multiply_add(weights[i], low, acc[i][2 * n]);
+        acc[i][2 * n + 1] = BFloat16Words::multiply_add(weights[i], high, acc[i][2 * n + 1]);
       }
     }
   }
@@ -248,32 +252,33 @@ PARALLAX_INLINE void add_pairs(const float* values, const float* scores, int d, 
 }
 
 template <int kRows>
-PARALLAX_INLINE void multiply_pairs(const float* values, const float* scores, int stride,
-                                    float* o) {
-  constexpr int kNv = 8 / kRows;
+PARALLAX_INLINE void multiply_pairs(const char* const (&values)[kStep], const float* scores,
+                                    int stride, float* o) {
+  constexpr int kUnits = 4 / kRows;
   int d = 0;
-  for (; d + kNv * kLanes <= stride; d += kNv * kLanes) {
-    add_pairs<kRows, kNv>(values, scores, d, stride, o);
+  for (; d + kUnits * kUnit <= stride; d += kUnits * kUnit) {
+    add_pairs<kRows, kUnits>(values, scores, d, stride, o);
   }
-  for (; d < stride; d += 2 * kLanes) add_pairs<kRows, 2>(values, scores, d, stride, o);
+  for (; d < stride; d += kUnit) add_pairs<kRows, 1>(values, scores, d, stride, o);
 }
 #endif
 
 // The weights that values are multiplied by, as floats or as words of two bf16 (neighbouring
 // tokens).
-PARALLAX_INLINE void store_weights(bool as_words, float* to, int j, Vec x) {
+template <bool kAsWords>
+PARALLAX_INLINE void store_weights(float* to, int j, Vec x) {
 #if defined(__AVX512BF16__)
-  if (as_words) return BFloat16Words::store_steps(to + j / 2, x);
+  if constexpr (kAsWords) return BFloat16Words::store_steps(to + j / 2, x);
 #endif
-  (void)as_words;
   store(to + j, x);
 }
 
 // s and t of a tile become p and p (t - c), and the row's state moves on. `visible`: how many of
 // the tile's tokens the row sees (at least one), the others have s = -inf and t = 0; `first`: it
 // saw none before.
+template <bool kAsWords>
 PARALLAX_INLINE void update_row(const DecodeBlock& block, std::int64_t row, int visible, bool first,
-                                bool as_words, float* scores) {
+                                float* scores) {
   Vec largest = load(scores), t_sum = load(scores + kProbe);
   for (int j = kLanes; j < kDecodeTokens; j += kLanes) {
     largest = max(largest, load(scores + j));
@@ -290,8 +295,8 @@ PARALLAX_INLINE void update_row(const DecodeBlock& block, std::int64_t row, int 
     const Vec w = p * (load(scores + kProbe + j) - c);
     d1 = d1 + p;
     d2 = d2 + w;
-    store_weights(as_words, scores, j, p);
-    store_weights(as_words, scores + kProbe, j, w);
+    store_weights<kAsWords>(scores, j, p);
+    store_weights<kAsWords>(scores + kProbe, j, w);
   }
   const Vec shrink = exp2((broadcast(block.m[row]) - reference) * log2e);
   store(scores + kShrink, shrink);
