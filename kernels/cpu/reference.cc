@@ -283,66 +283,67 @@ class Backward {
   double* delta_minus_g_bar_;
 };
 
-}  // namespace
-
-void reference_forward(const AttentionProblem& problem, const ForwardArgs& args,
-                       const ParallelFor& parallel_for) {
-  const std::int64_t head_dim = problem.head_dim;
+// Computes every row of a forward or decode over keys k and values v, writes its statistics, and
+// hands it to write(sequence, head, query, row, result).
+template <class Args, class Write>
+void for_each_row(const AttentionProblem& problem, const Args& args, const ConstView& k,
+                  const ConstView& v, const ParallelFor& parallel_for, const Write& write) {
   const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
   auto* lse = static_cast<double*>(args.lse);
   auto* t_bar = static_cast<double*>(args.t_bar);
   const auto head_task = [&](const Sequence& sequence, std::int64_t h) {
-    const KvHead k(args.k, args.pages, sequence, h / group);
-    const KvHead v(args.v, args.pages, sequence, h / group);
+    const KvHead keys(k, args.pages, sequence, h / group);
+    const KvHead values(v, args.pages, sequence, h / group);
     ForwardRow row;
     for (int i = 0; i < sequence.mask.q_len; ++i) {
-      const double* q = row_of(args.q, sequence, h, i);
-      const double* r = row_of(args.r, sequence, h, i);
-      forward_row(q, r, k, v, sequence.mask.keys(i), problem.scale, head_dim, &row);
+      forward_row(row_of(args.q, sequence, h, i), row_of(args.r, sequence, h, i), keys, values,
+                  sequence.mask.keys(i), problem.scale, problem.head_dim, &row);
       const Finalized<double> result = finalize(row.state, row.centre);
-      double* o = row_of(args.o, sequence, h, i);
-      for (std::int64_t d = 0; d < head_dim; ++d) o[d] = result.o(row.o1[d], row.o2[d]);
-      if (args.v_bar.data) {
-        double* v_bar = row_of(args.v_bar, sequence, h, i);
-        for (std::int64_t d = 0; d < head_dim; ++d) v_bar[d] = result.v_bar(row.o1[d]);
-      }
       const std::int64_t index = row_index(problem, sequence, h, i);
       if (lse) lse[index] = result.lse;
       if (t_bar) t_bar[index] = result.t_bar;
+      write(sequence, h, i, row, result);
     }
   };
   for_each_head(problem, args.sequences, problem.num_q_heads, parallel_for, head_task);
 }
 
+}  // namespace
+
+void reference_forward(const AttentionProblem& problem, const ForwardArgs& args,
+                       const ParallelFor& parallel_for) {
+  for_each_row(problem, args, args.k, args.v, parallel_for,
+               [&](const Sequence& sequence, std::int64_t h, int i, ForwardRow& row,
+                   const Finalized<double>& result) {
+                 double* o = row_of(args.o, sequence, h, i);
+                 for (std::int64_t d = 0; d < problem.head_dim; ++d) {
+                   o[d] = result.o(row.o1[d], row.o2[d]);
+                 }
+                 if (!args.v_bar.data) return;
+                 double* v_bar = row_of(args.v_bar, sequence, h, i);
+                 for (std::int64_t d = 0; d < problem.head_dim; ++d) {
+                   v_bar[d] = result.v_bar(row.o1[d]);
+                 }
+               });
+}
+
 void reference_decode(const AttentionProblem& problem, const DecodeArgs& args,
                       const ParallelFor& parallel_for) {
-  const std::int64_t head_dim = problem.head_dim;
-  const std::int64_t group = problem.num_q_heads / problem.num_kv_heads;
-  auto* lse = static_cast<double*>(args.lse);
-  auto* t_bar = static_cast<double*>(args.t_bar);
-  const auto head_task = [&](const Sequence& sequence, std::int64_t h) {
-    const KvHead k(args.k_cache, args.pages, sequence, h / group);
-    const KvHead v(args.v_cache, args.pages, sequence, h / group);
-    ForwardRow row;
-    for (int i = 0; i < sequence.mask.q_len; ++i) {
-      const double* q = row_of(args.q, sequence, h, i);
-      const double* r = row_of(args.r, sequence, h, i);
-      forward_row(q, r, k, v, sequence.mask.keys(i), problem.scale, head_dim, &row);
-      const std::int64_t index = row_index(problem, sequence, h, i);
-      const Finalized<double> result = finalize(row.state, row.centre);
-      if (lse) lse[index] = result.lse;
-      if (t_bar) t_bar[index] = result.t_bar;
-      if (args.o.data) {
-        double* o = row_of(args.o, sequence, h, i);
-        for (std::int64_t d = 0; d < head_dim; ++d) o[d] = result.o(row.o1[d], row.o2[d]);
-      }
-      if (args.state.m) {
-        const std::int64_t token = sequence.batch_idx * problem.q_len + i;
-        export_state(problem, row, index, token * problem.num_q_heads + h, args.state);
-      }
-    }
-  };
-  for_each_head(problem, args.sequences, problem.num_q_heads, parallel_for, head_task);
+  for_each_row(problem, args, args.k_cache, args.v_cache, parallel_for,
+               [&](const Sequence& sequence, std::int64_t h, int i, ForwardRow& row,
+                   const Finalized<double>& result) {
+                 if (args.o.data) {
+                   double* o = row_of(args.o, sequence, h, i);
+                   for (std::int64_t d = 0; d < problem.head_dim; ++d) {
+                     o[d] = result.o(row.o1[d], row.o2[d]);
+                   }
+                 }
+                 if (args.state.m) {
+                   const std::int64_t token = sequence.batch_idx * problem.q_len + i;
+                   export_state(problem, row, row_index(problem, sequence, h, i),
+                                token * problem.num_q_heads + h, args.state);
+                 }
+               });
 }
 
 std::size_t reference_backward_workspace_bytes(const AttentionProblem& problem) {
