@@ -32,7 +32,8 @@ class BackwardProblem(Problem):
             like = self.q if name in ("dq", "dr") else self.k
             setattr(self, name, torch.full_like(like, float("nan")))
         forward = ("q", "r", "k", "v", "o", "v_bar")
-        ready(library.parallax_forward, self.call(forward, portable))()
+        self.forward = ready(library.parallax_forward, self.call(forward, portable))
+        self.forward()
         self.backward = ready(library.parallax_backward,
                               self.call(forward + ("d_o",) + GRADIENTS, portable))
 
