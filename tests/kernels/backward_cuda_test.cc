@@ -35,17 +35,6 @@ struct Gradient {
 constexpr Gradient kGradients[] = {
     {"dq", &Results::dq}, {"dr", &Results::dr}, {"dk", &Results::dk}, {"dv", &Results::dv}};
 
-// The Frobenius distance, over the norm of what is right unless that is 0.
-double relative_error(const Values& ours, const Values& exact) {
-  double apart = 0;
-  double norm = 0;
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    apart += (ours[i] - exact[i]) * (ours[i] - exact[i]);
-    norm += exact[i] * exact[i];
-  }
-  return norm == 0 ? std::sqrt(apart) : std::sqrt(apart / norm);
-}
-
 // Everything in float64, from the inputs as rounded.
 Results exact_on_cpu(Case c) {
   c.problem.dtype = DType::kFloat64;

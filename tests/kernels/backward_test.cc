@@ -29,16 +29,6 @@ constexpr Gradient kGradients[] = {{"dq", &Inputs::q, &Results::dq},
                                    {"dk", &Inputs::k, &Results::dk},
                                    {"dv", &Inputs::v, &Results::dv}};
 
-// The Frobenius distance over the Frobenius norm.
-double relative_error(const Values& ours, const Values& exact) {
-  double apart = 0, norm = 0;
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    apart += (ours[i] - exact[i]) * (ours[i] - exact[i]);
-    norm += exact[i] * exact[i];
-  }
-  return std::sqrt(apart / norm);
-}
-
 TEST(Backward, EqualsTheDefinitionInDouble) {
   for (Data data : {Data::kZeroMean, Data::kShifted}) {
     for (const Case& c : all_cases(DType::kFloat64, 24, data, 1024)) {

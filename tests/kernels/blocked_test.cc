@@ -3,8 +3,6 @@
 // run() would choose elsewhere is tested here too.
 #include <gtest/gtest.h>
 
-#include <cmath>
-
 #include "tests/kernels/cpu_call.h"
 
 namespace parallax::tests {
@@ -36,15 +34,6 @@ INSTANTIATE_TEST_SUITE_P(Targets, Blocked, testing::ValuesIn(every_target()),
 
 Case case_of(const AttentionProblem& problem, Data data = Data::kZeroMean, Lengths lengths = {}) {
   return {"case", problem, std::move(lengths), random_inputs(problem, data, 5)};
-}
-
-double relative_error(const Values& ours, const Values& exact) {
-  double apart = 0, norm = 0;
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    apart += (ours[i] - exact[i]) * (ours[i] - exact[i]);
-    norm += exact[i] * exact[i];
-  }
-  return std::sqrt(apart / norm);
 }
 
 TEST_P(Blocked, HoldsTheErrorRule) {

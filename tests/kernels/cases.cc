@@ -116,6 +116,21 @@ Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_le
   return packed;
 }
 
+Case ragged_case(DType dtype, std::int64_t q_len, std::int64_t num_q_heads,
+                 std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t window, Data data) {
+  Case c;
+  c.problem = problem_of(dtype, 7, q_len, 300, num_q_heads, num_kv_heads, head_dim);
+  c.problem.window = window;
+  c.lengths.kv_lens = {300, 0, 1, 129, 64, 256, 2};
+  c.lengths.kv_start = {0, 0, 0, 100, 3, 255, 0};
+  c.inputs = random_inputs(c.problem, data, 21);
+  c.inputs.d_o.clear();
+  c.name = std::string(name_of(dtype)) + ", q_len " + std::to_string(q_len) + ", heads " +
+           std::to_string(num_q_heads) + "/" + std::to_string(num_kv_heads) + ", head_dim " +
+           std::to_string(head_dim) + ", window " + std::to_string(window);
+  return c;
+}
+
 std::vector<Case> all_cases(DType dtype, std::int64_t head_dim, Data data,
                             std::int64_t max_kv_len) {
   std::vector<Case> cases;

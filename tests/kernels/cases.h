@@ -56,6 +56,10 @@ void quantise_cache(Case* c, double coverage = 1.0);
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
                  const std::vector<std::int32_t>& kv_lens, Data data, unsigned seed);
 
+// A decode over seven caches, some of them empty, some of one token, some padded on the left.
+Case ragged_case(DType dtype, std::int64_t q_len, std::int64_t num_q_heads,
+                 std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t window, Data data);
+
 // Masks, layouts, groups and odd shapes: the list that every kernel has to pass. max_kv_len keeps
 // the slow ones away.
 std::vector<Case> all_cases(DType dtype, std::int64_t head_dim, Data data, std::int64_t max_kv_len);

@@ -24,22 +24,6 @@ class DecodeCuda : public testing::Test {
   }
 };
 
-// Ragged caches, some of them empty, some of one token, some padded on the left.
-Case ragged_case(DType dtype, std::int64_t q_len, std::int64_t num_q_heads,
-                 std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t window, Data data) {
-  Case c;
-  c.problem = problem_of(dtype, 7, q_len, 300, num_q_heads, num_kv_heads, head_dim);
-  c.problem.window = window;
-  c.lengths.kv_lens = {300, 0, 1, 129, 64, 256, 2};
-  c.lengths.kv_start = {0, 0, 0, 100, 3, 255, 0};
-  c.inputs = random_inputs(c.problem, data, 21);
-  c.inputs.d_o.clear();
-  c.name = std::string(name_of(dtype)) + ", q_len " + std::to_string(q_len) + ", heads " +
-           std::to_string(num_q_heads) + "/" + std::to_string(num_kv_heads) + ", head_dim " +
-           std::to_string(head_dim) + ", window " + std::to_string(window);
-  return c;
-}
-
 std::vector<Case> ragged_cases(DType dtype, Data data) {
   std::vector<Case> cases;
   for (std::int64_t head_dim : {8, 40, 64, 96, 128, 200, 256}) {
@@ -59,16 +43,6 @@ std::vector<Case> ragged_cases(DType dtype, Data data) {
   cases.back().problem.causal = false;
   cases.back().name += ", full";
   return cases;
-}
-
-double relative_error(const Values& ours, const Values& exact) {
-  double difference = 0;
-  double size = 0;
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    difference += (ours[i] - exact[i]) * (ours[i] - exact[i]);
-    size += exact[i] * exact[i];
-  }
-  return size == 0 ? std::sqrt(difference) : std::sqrt(difference / size);
 }
 
 void expect_close(const Case& c, const Results& ours, const Results& exact) {

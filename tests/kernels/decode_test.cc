@@ -18,38 +18,22 @@ constexpr DType kEveryDType[] = {DType::kFloat64, DType::kFloat32, DType::kBFloa
 
 double tolerance_of(DType dtype) { return dtype == DType::kFloat64 ? 1e-12 : 1e-4; }
 
-// Ragged caches, some of them empty, some of one token, some padded on the left.
-Case decode_case(DType dtype, std::int64_t q_len, std::int64_t num_q_heads,
-                 std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t window, Data data) {
-  Case c;
-  c.problem = problem_of(dtype, 7, q_len, 300, num_q_heads, num_kv_heads, head_dim);
-  c.problem.window = window;
-  c.lengths.kv_lens = {300, 0, 1, 129, 64, 256, 2};
-  c.lengths.kv_start = {0, 0, 0, 100, 3, 255, 0};
-  c.inputs = random_inputs(c.problem, data, 21);
-  c.inputs.d_o.clear();
-  c.name = "q_len " + std::to_string(q_len) + ", heads " + std::to_string(num_q_heads) + "/" +
-           std::to_string(num_kv_heads) + ", head_dim " + std::to_string(head_dim) + ", window " +
-           std::to_string(window);
-  return c;
-}
-
 std::vector<Case> decode_cases(DType dtype, Data data) {
   std::vector<Case> cases;
   for (std::int64_t q_len : {1, 2, 5}) {
-    cases.push_back(decode_case(dtype, q_len, 2, 2, 16, 0, data));
-    cases.push_back(decode_case(dtype, q_len, 6, 2, 64, 0, data));
-    cases.push_back(decode_case(dtype, q_len, 8, 1, 40, 70, data));
+    cases.push_back(ragged_case(dtype, q_len, 2, 2, 16, 0, data));
+    cases.push_back(ragged_case(dtype, q_len, 6, 2, 64, 0, data));
+    cases.push_back(ragged_case(dtype, q_len, 8, 1, 40, 70, data));
   }
-  cases.push_back(decode_case(dtype, 32, 3, 1, 16, 0, data));
+  cases.push_back(ragged_case(dtype, 32, 3, 1, 16, 0, data));
   for (std::int64_t head_dim : {8, 128, 200, 256}) {
-    cases.push_back(decode_case(dtype, 1, 4, 1, head_dim, 0, data));
+    cases.push_back(ragged_case(dtype, 1, 4, 1, head_dim, 0, data));
   }
   for (std::int64_t window : {1, 64, 65}) {
-    cases.push_back(decode_case(dtype, 3, 3, 1, 24, window, data));
+    cases.push_back(ragged_case(dtype, 3, 3, 1, 24, window, data));
   }
-  cases.push_back(decode_case(dtype, 4, 17, 1, 24, 0, data));
-  cases.push_back(decode_case(dtype, 4, 2, 1, 24, 0, data));
+  cases.push_back(ragged_case(dtype, 4, 17, 1, 24, 0, data));
+  cases.push_back(ragged_case(dtype, 4, 2, 1, 24, 0, data));
   cases.back().problem.causal = false;
   cases.back().name += ", full";
   return cases;
@@ -122,7 +106,7 @@ TEST(Decode, EveryInstructionSetHoldsTheErrorRule) {
 TEST(Decode, PagesEqualAContiguousCache) {
   for (DType dtype : kEveryDType) {
     for (int page_size : {1, 2, 8, 16, 64, 256}) {
-      const Case c = decode_case(dtype, 3, 6, 2, 16, 0, Data::kShifted);
+      const Case c = ragged_case(dtype, 3, 6, 2, 16, 0, Data::kShifted);
       const Results whole = cpu_decode(c), paged = cpu_decode(c, {1, page_size});
       EXPECT_EQ(whole.o, paged.o) << name_of(dtype) << ", pages of " << page_size;
       EXPECT_EQ(whole.lse, paged.lse);
@@ -142,7 +126,7 @@ TEST(Decode, ThreadsDoNotChangeABit) {
 }
 
 TEST(Decode, ASequenceDoesNotDependOnItsBatch) {
-  const Case together = decode_case(DType::kFloat32, 2, 4, 2, 16, 0, Data::kShifted);
+  const Case together = ragged_case(DType::kFloat32, 2, 4, 2, 16, 0, Data::kShifted);
   const Results all = cpu_decode(together);
   const std::size_t q_row = 2 * 4 * 16, kv_row = 300 * 2 * 16;
   for (std::size_t b = 0; b < 7; ++b) {
@@ -166,7 +150,7 @@ TEST(Decode, ASequenceDoesNotDependOnItsBatch) {
 
 TEST(Decode, ARowThatSeesOneKeyGivesItsValueExactly) {
   for (DType dtype : kEveryDType) {
-    Case c = decode_case(dtype, 1, 1, 1, 32, 1, Data::kShifted);
+    Case c = ragged_case(dtype, 1, 1, 1, 32, 1, Data::kShifted);
     const Results ours = cpu_decode(c);
     for (std::size_t b = 0; b < 7; ++b) {
       const std::int64_t last = c.lengths.kv_lens[b] - 1;

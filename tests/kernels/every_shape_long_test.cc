@@ -3,8 +3,6 @@
 // every narrow dtype, against the oracle. Minutes.
 #include <gtest/gtest.h>
 
-#include <cmath>
-
 #include "tests/kernels/cpu_call.h"
 
 namespace parallax::tests {
@@ -40,16 +38,6 @@ std::vector<Case> every_mask(DType dtype, Data data, Shape shape, std::int64_t g
               (data == Data::kShifted ? ", shifted" : "");
   }
   return cases;
-}
-
-// The Frobenius distance over the Frobenius norm; 0 where both are zero.
-double relative_error(const Values& ours, const Values& exact) {
-  double apart = 0, norm = 0;
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    apart += (ours[i] - exact[i]) * (ours[i] - exact[i]);
-    norm += exact[i] * exact[i];
-  }
-  return apart == 0 ? 0 : std::sqrt(apart / norm);
 }
 
 void check(const Case& c) {

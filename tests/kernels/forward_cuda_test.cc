@@ -5,7 +5,6 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <thread>
 
@@ -40,16 +39,6 @@ Case case_of(const AttentionProblem& problem, Data data = Data::kZeroMean, Lengt
   Case c{"case", problem, std::move(lengths), random_inputs(problem, data, 11)};
   c.inputs.d_o.clear();
   return c;
-}
-
-double relative_error(const Values& ours, const Values& exact) {
-  double difference = 0;
-  double size = 0;
-  for (std::size_t i = 0; i < exact.size(); ++i) {
-    difference += (ours[i] - exact[i]) * (ours[i] - exact[i]);
-    size += exact[i] * exact[i];
-  }
-  return size == 0 ? std::sqrt(difference) : std::sqrt(difference / size);
 }
 
 Results exact_on_cpu(Case c) {

@@ -259,6 +259,16 @@ double distance(const Values& a, const Values& b) {
   return worst;
 }
 
+double relative_error(const Values& ours, const Values& exact) {
+  if (ours.size() != exact.size()) return kInfinity;
+  double apart = 0, norm = 0;
+  for (std::size_t i = 0; i < exact.size(); ++i) {
+    apart += (ours[i] - exact[i]) * (ours[i] - exact[i]);
+    norm += exact[i] * exact[i];
+  }
+  return std::sqrt(norm == 0 ? apart : apart / norm);
+}
+
 double largest(const Values& values) {
   double result = 0;
   for (double value : values) result = std::max(result, std::abs(value));
