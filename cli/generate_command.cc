@@ -152,7 +152,9 @@ lm::Generations write_on(const Options& options, const std::vector<std::string>&
 void run(const Options& options) {
   const std::vector<std::string> prompts = prompts_of(options);
   const lm::LoadedModel loaded = lm::load_model(options.run);
-  lm::place_model(*loaded.model, loaded.config.train, options.device);
+  lm::TrainConfig train = loaded.config.train;
+  if (train.dtype == "float32") train.dtype = "auto";  // a cache on a GPU holds nothing wider
+  lm::place_model(*loaded.model, train, options.device);
   const lm::Generations result = write_on(options, prompts, loaded);
   options.json ? print_json(prompts, result) : print_summary(result);
 }
@@ -197,6 +199,11 @@ void add_generate(CLI::App& app) {
       ->capture_default_str();
   command->add_option("--batch", generation.max_batch, "Texts that grow at the same time")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 16))
+      ->capture_default_str();
+  command
+      ->add_option("--prefill-chunk", generation.prefill_chunk,
+                   "Tokens of a long prompt read at a time: fewer take less memory")
+      ->check(CLI::PositiveNumber)
       ->capture_default_str();
   add_sampling(*command, generation.sampling);
   command->add_option("--device", options->device,

@@ -117,6 +117,12 @@ class Text {
   }
 
   const std::vector<std::int32_t>& prompt() const { return prompt_; }
+  // Tokens that two prompts begin with alike.
+  std::int64_t common_prefix(const Text& other) const {
+    const auto end =
+        std::mismatch(prompt_.begin(), prompt_.end(), other.prompt_.begin(), other.prompt_.end());
+    return end.first - prompt_.begin();
+  }
   std::int64_t max_len() const { return generation_.prompt_tokens + max_new_tokens_; }
   std::int32_t newest() const { return generation_.tokens.back(); }
   Generation take() { return std::move(generation_); }
@@ -169,6 +175,7 @@ class Batch {
         tokenizer_(tokenizer),
         texts_(texts),
         is_greedy_(options.sampling.temperature == 0),
+        prefill_chunk_(options.prefill_chunk),
         max_batch_(
             std::min<std::int64_t>(options.max_batch, static_cast<std::int64_t>(texts.size()))),
         cache_(model.make_cache(shape(options))),
@@ -210,10 +217,7 @@ class Batch {
   void admit() {
     const std::vector<std::int32_t>& prompt = texts_[next_].prompt();
     const std::size_t source = growing_.size();
-    cache_.reserve(static_cast<std::int64_t>(source), texts_[next_].max_len());
-    const at::Tensor logits =
-        model_.forward_cached(on_device(prompt, model_), cache_, static_cast<std::int64_t>(source));
-    times_.prefill_tokens += static_cast<std::int64_t>(prompt.size());
+    const at::Tensor logits = prefill(texts_[next_], static_cast<std::int64_t>(source));
     growing_.push_back(next_++);
     while (next_ < texts_.size() && has_place() && texts_[next_].prompt() == prompt) {
       const auto row = static_cast<std::int64_t>(growing_.size());
@@ -222,6 +226,36 @@ class Batch {
       growing_.push_back(next_++);
     }
     grow(source, logits.expand({static_cast<std::int64_t>(growing_.size() - source), -1}));
+  }
+
+  // A text's prompt into an idle row, in chunks. -> logits after it [1, vocab_size].
+  at::Tensor prefill(const Text& text, std::int64_t row) {
+    if (model_.device().is_cuda()) share_prefix(text, row);
+    cache_.reserve(row, text.max_len() - cache_.len(row));
+    const auto begin = text.prompt().begin() + cache_.len(row);
+    const std::vector<std::int32_t> missing(begin, text.prompt().end());
+    at::Tensor logits;
+    for (const at::Tensor& chunk : on_device(missing, model_).split(prefill_chunk_, 1)) {
+      logits = model_.forward_cached(chunk, cache_, row);
+    }
+    times_.prefill_tokens += static_cast<std::int64_t>(missing.size());
+    return logits;
+  }
+
+  // Where a prompt that grows already begins with a page or more of the same tokens, the row holds
+  // those, but for the last of a prompt, whose logits are wanted. Not on a CPU, where no text's
+  // rounding shall depend on its neighbours.
+  void share_prefix(const Text& text, std::int64_t row) {
+    std::int64_t longest = cache_.page_size() - 1, from = -1;
+    for (std::size_t other = 0; other < growing_.size(); ++other) {
+      const std::int64_t common = text.common_prefix(texts_[growing_[other]]);
+      const std::int64_t usable =
+          std::min(common, static_cast<std::int64_t>(text.prompt().size()) - 1);
+      if (usable <= longest) continue;
+      longest = usable;
+      from = static_cast<std::int64_t>(other);
+    }
+    if (from >= 0) cache_.fork(from, row, longest);
   }
 
   // A token more for each.
@@ -275,6 +309,7 @@ class Batch {
   const Tokenizer& tokenizer_;
   std::vector<Text>& texts_;
   bool is_greedy_;
+  std::int64_t prefill_chunk_;
   std::int64_t max_batch_;
   KvCache cache_;
   DecodeStep step_;
@@ -312,6 +347,7 @@ void check(const GenerateOptions& options) {
   };
   at_least_1("max_new_tokens", options.max_new_tokens);
   at_least_1("max_batch", options.max_batch);
+  at_least_1("prefill_chunk", options.prefill_chunk);
 }
 
 double per_second(std::int64_t count, double seconds) {

@@ -43,7 +43,10 @@ struct GenerateOptions {
   SamplingOptions sampling;     // prompt i of several has the seed `seed + i`
   std::int64_t max_batch = 64;  // texts that grow at the same time; others wait
   std::int64_t page_size = 64;  // of the cache, in tokens
-  bool use_cache = true;        // false recomputes the whole text for every token
+  // Tokens of a prompt that go through the model at a time, over what the cache holds by then: what
+  // bounds the memory of a long prompt's activations.
+  std::int64_t prefill_chunk = 4096;
+  bool use_cache = true;  // false recomputes the whole text for every token
 };
 
 struct Generation {
@@ -56,7 +59,7 @@ struct Generation {
 
 // How long the parts took, over all texts.
 struct GenerationTimes {
-  std::int64_t prefill_tokens = 0;  // equal prompts that follow one another count once
+  std::int64_t prefill_tokens = 0;  // those that the cache did not hold already
   double prefill_seconds = 0;       // until the logits of first new tokens
   std::int64_t decode_tokens = 0;   // those that a decode step gave
   double decode_seconds = 0;
@@ -77,8 +80,9 @@ using OnDone = std::function<void(std::size_t index, const Generation& generatio
 
 // Goes on from each prompt until its text ends or has max_new_tokens. On a CPU each text is, bit
 // for bit, the one that its prompt would get alone with its seed, however many others grow beside
-// it (on a GPU matrix products of other heights may round differently). An empty prompt starts a
-// new document. Throws Error where an option is out of range.
+// it. On a GPU matrix products of other heights may round differently; there a prompt also takes
+// over the keys and values of a beginning that it has in common with a text that grows already. An
+// empty prompt starts a new document. Throws Error where an option is out of range.
 Generations generate(CausalLm& model, const Tokenizer& tokenizer,
                      const std::vector<std::string>& prompts, const GenerateOptions& options,
                      const OnText& on_text = {}, const OnDone& on_done = {});

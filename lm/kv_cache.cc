@@ -85,16 +85,26 @@ void KvCache::append(RowRange rows, std::int64_t new_tokens) {
 
 void KvCache::fork(std::int64_t from, std::int64_t to) {
   check_row(from);
+  fork(from, to, lens_[from]);
+}
+
+void KvCache::fork(std::int64_t from, std::int64_t to, std::int64_t len) {
+  check_row(from);
   check_row(to);
+  if (len < 0 || len > lens_[from]) {
+    throw Error("key/value cache: row " + std::to_string(from) + " holds " +
+                std::to_string(lens_[from]) + " tokens, a fork of " + std::to_string(len) +
+                " was asked for");
+  }
   if (from == to || lens_[to] > 0 || !pages_[to].empty()) {
     throw Error("key/value cache: row " + std::to_string(to) +
                 " holds a sequence: release it before another is forked into it");
   }
   // Reserved pages that hold nothing yet stay with their owner.
-  const auto held = pages_[from].begin() + pages_for(lens_[from]);
+  const auto held = pages_[from].begin() + pages_for(len);
   pages_[to].assign(pages_[from].begin(), held);
   for (const std::int32_t page : pages_[to]) ++references_[page];
-  lens_[to] = lens_[from];
+  lens_[to] = len;
   write_row(to);
   upload(true);
 }

@@ -50,9 +50,10 @@ class KvCache {
   // what is not reserved yet; throws as reserve does, for all rows or none.
   void append(RowRange rows, std::int64_t new_tokens);
 
-  // Lets the idle row `to` hold what `from` holds, in the same pages. Whoever appends first to a
-  // page that is shared copies it.
+  // Lets the idle row `to` hold what `from` holds, or the first len tokens of it, in the same
+  // pages. Whoever appends first to a page that is shared copies it.
   void fork(std::int64_t from, std::int64_t to);
+  void fork(std::int64_t from, std::int64_t to, std::int64_t len);
 
   // Gives up the row's sequence: pages that nobody else holds are free again.
   void release(std::int64_t row);

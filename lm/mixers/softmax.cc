@@ -27,23 +27,26 @@ at::Tensor newest_over_all(const at::Tensor& q, const at::Tensor& k, const at::T
   return sdpa(q, k, v, mask, /*causal=*/false);
 }
 
-// One new token a row on a GPU: flash attention over the pages where they lie, or over a copy where
-// a row's pages are scattered. LibTorch's has no page table, but takes any origins and lengths.
+// The same for all rows at once on a GPU: flash attention over the pages where they lie, or over a
+// copy where a row's pages are scattered. LibTorch's has no page table, but takes any origins and
+// lengths, and its causal mask ends at the last key.
 at::Tensor newest_on_gpu(const at::Tensor& q, KvCache& cache, RowRange rows, std::int64_t layer) {
-  const std::int64_t capacity = cache.capacity();
-  const at::Tensor counts = at::arange(rows.count + 1, cache.kv_lens(rows).options());
+  const std::int64_t capacity = cache.capacity(), q_len = q.size(1);
+  const auto multiples_of = [&](std::int64_t step) {
+    return at::arange(0, (rows.count + 1) * step, step, cache.kv_lens(rows).options());
+  };
   at::Tensor k = cache.k(layer), v = cache.v(layer), origins = cache.origins(rows);
   if (!cache.in_one_piece(rows)) {
     const at::Tensor pages = cache.page_table(rows).flatten();
     k = k.index_select(0, pages);
     v = v.index_select(0, pages);
-    origins = counts * capacity;
+    origins = multiples_of(capacity);
   }
   const auto result = at::_flash_attention_forward(
-      q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), counts, origins, /*max_q=*/1,
-      /*max_k=*/capacity, /*dropout_p=*/0.0, /*is_causal=*/false, /*return_debug_mask=*/false,
+      q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), multiples_of(q_len), origins, q_len,
+      /*max_k=*/capacity, /*dropout_p=*/0.0, /*is_causal=*/q_len > 1, /*return_debug_mask=*/false,
       /*scale=*/std::nullopt, {}, {}, /*seqused_k=*/cache.kv_lens(rows));
-  return std::get<0>(result).unsqueeze(1);
+  return std::get<0>(result).unflatten(0, {rows.count, q_len});
 }
 
 }  // namespace
@@ -55,7 +58,7 @@ at::Tensor SoftmaxAttention::attend(const AttentionInputs& inputs) {
 at::Tensor SoftmaxAttention::attend_cached(const at::Tensor& q, const at::Tensor&,
                                            CachedForward& call, std::int64_t layer) {
   KvCache& cache = call.cache;
-  if (q.is_cuda() && q.size(1) == 1) return newest_on_gpu(q, cache, call.rows, layer);
+  if (q.is_cuda()) return newest_on_gpu(q, cache, call.rows, layer);
   at::Tensor o = at::zeros_like(q, at::MemoryFormat::Contiguous);
   for (std::int64_t i = 0; i < call.rows.count; ++i) {
     const std::int64_t row = call.rows.first + i;

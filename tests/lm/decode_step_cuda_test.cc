@@ -6,56 +6,13 @@
 #include <vector>
 
 #include "lm/decode_step.h"
-#include "lm/device.h"
 #include "lm/generator.h"
+#include "tests/lm/model_on_gpu.h"
 
 namespace parallax::lm {
 namespace {
 
-using Tokens = std::vector<std::int32_t>;
-
-Tokens tokens_from(std::int32_t start, std::int64_t len) {
-  Tokens tokens;
-  for (std::int32_t i = 0; i < len; ++i) tokens.push_back((start + 7 * i * i) % 256);
-  return tokens;
-}
-
-class DecodeOnGpu : public testing::TestWithParam<std::string> {
- protected:
-  void SetUp() override {
-    if (!torch::cuda::is_available()) GTEST_SKIP() << "no GPU";
-    ModelConfig config;
-    config.mixer = GetParam();
-    config.hidden_size = 256;
-    config.num_layers = 3;
-    config.num_q_heads = 8;
-    config.num_kv_heads = 2;
-    config.head_dim = 64;
-    config.ffn_size = 512;
-    config.init_std = 0.1;
-    exact_ = std::make_unique<CausalLm>(config, 5);
-    gpu_ = std::make_unique<CausalLm>(config, 5);
-    place_model(*gpu_, TrainConfig{}, "cuda");
-  }
-
-  at::Tensor as_tensor(const Tokens& tokens, const CausalLm& model) const {
-    return at::tensor(tokens, at::kLong).unsqueeze(0).to(model.device());
-  }
-  at::Tensor uncached(CausalLm& model, const Tokens& text) const {
-    return model.logits(model.hidden(as_tensor(text, model)).select(1, -1))[0].cpu();
-  }
-  // As near to float32 on the CPU as bfloat16 gets without a cache.
-  void expect_right(const at::Tensor& logits, const Tokens& text) {
-    const at::Tensor exact = uncached(*exact_, text);
-    const double allowed = (uncached(*gpu_, text) - exact).abs().max().item<double>();
-    EXPECT_LE((logits.cpu() - exact).abs().max().item<double>(),
-              2 * allowed + 0.01 * exact.abs().max().item<double>())
-        << "after " << text.size() << " tokens";
-  }
-
-  std::unique_ptr<CausalLm> exact_, gpu_;
-  torch::NoGradGuard no_grad_;
-};
+class DecodeOnGpu : public ModelOnGpu {};
 
 // Prompts of different lengths; a graph replayed while lengths, pages and the number of rows
 // change.

@@ -131,6 +131,18 @@ TEST_P(Generate, CachedLogitsEqualThoseOfTheWholeText) {
   }
 }
 
+TEST_P(Generate, APromptInChunksIsTheWholePrompt) {
+  GenerateOptions options;
+  options.max_new_tokens = 60;
+  options.page_size = 4;
+  options.sampling.temperature = 0;
+  const Generation whole = write(options);
+  for (const std::int64_t chunk : {1, 4, 5, 12, 13}) {
+    options.prefill_chunk = chunk;
+    EXPECT_EQ(write(options).tokens, whole.tokens) << "chunks of " << chunk;
+  }
+}
+
 TEST_P(Generate, IsTheSameForASeedAndAnotherForAnother) {
   GenerateOptions options;
   options.max_new_tokens = 40;
@@ -214,6 +226,9 @@ TEST(GenerateOnce, RefusesOptionsOutOfRange) {
   EXPECT_THROW(generate(model, *bytes_tokenizer(), "a", options), Error);
   options = {};
   options.max_batch = 0;
+  EXPECT_THROW(generate(model, *bytes_tokenizer(), "a", options), Error);
+  options = {};
+  options.prefill_chunk = 0;
   EXPECT_THROW(generate(model, *bytes_tokenizer(), "a", options), Error);
   EXPECT_TRUE(generate(model, *bytes_tokenizer(), std::vector<std::string>{}, {}).texts.empty());
 }

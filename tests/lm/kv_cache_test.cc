@@ -71,6 +71,11 @@ class Twin {
     rows[to] = rows[from];
   }
 
+  void fork(std::int64_t from, std::int64_t to, std::int64_t len) {
+    cache.fork(from, to, len);
+    rows[to].assign(rows[from].begin(), rows[from].begin() + len);
+  }
+
   void release(std::int64_t row) {
     cache.release(row);
     rows[row].clear();
@@ -170,8 +175,10 @@ TEST_P(Operations, InAnyOrderHoldWhatPlainVectorsHold) {
         case 3:
           if (row == other || !twin.rows[other].empty() || !twin.cache.pages(other).empty()) {
             EXPECT_THROW(twin.cache.fork(row, other), Error);
-          } else {
+          } else if (below(2) == 0) {
             twin.fork(row, other);
+          } else {
+            twin.fork(row, other, below(std::ssize(twin.rows[row]) + 1));
           }
           break;
         case 4:
@@ -220,6 +227,24 @@ TEST(KvCache, AForkSharesPagesUntilItWrites) {
   EXPECT_EQ(twin.cache.num_free_pages(), 15);
   EXPECT_EQ(twin.cache.pages(0)[1], twin.cache.pages(2)[1]);
   EXPECT_NE(twin.cache.pages(0)[2], twin.cache.pages(2)[2]);
+  twin.check();
+  twin.release(0);
+  EXPECT_EQ(twin.cache.num_free_pages(), 16);
+  twin.check();
+}
+
+TEST(KvCache, ABeginningIsSharedUntilItGoesOnOtherwise) {
+  Twin twin({.batch = 3, .max_len = 64, .page_size = 8, .num_pages = 20});
+  twin.append({0, 1}, 30);
+  twin.fork(0, 1, 16);
+  twin.fork(0, 2, 12);
+  EXPECT_EQ(twin.cache.num_free_pages(), 16);
+  twin.append({1, 1}, 1);  // begins a page
+  EXPECT_EQ(twin.cache.num_free_pages(), 15);
+  twin.append({2, 1}, 1);  // in the middle of one that others see whole
+  EXPECT_EQ(twin.cache.num_free_pages(), 14);
+  twin.append({0, 1}, 1);  // in one that it does not share
+  EXPECT_EQ(twin.cache.num_free_pages(), 14);
   twin.check();
   twin.release(0);
   EXPECT_EQ(twin.cache.num_free_pages(), 16);
@@ -282,6 +307,11 @@ TEST(KvCache, SaysWhyItCannot) {
       ThrowsMessage<Error>(HasSubstr("room for 20 tokens, 21 needed")));
   EXPECT_THAT([&] { cache.release(2); }, ThrowsMessage<Error>(HasSubstr("no row 2")));
   EXPECT_THAT([&] { cache.fork(1, 0); }, ThrowsMessage<Error>(HasSubstr("release it")));
+  for (const std::int64_t len : {-1, 18}) {
+    EXPECT_THAT([&] { cache.fork(0, 1, len); },
+                ThrowsMessage<Error>(HasSubstr("row 0 holds 17 tokens")));
+  }
+  EXPECT_EQ(cache.len(1), 0);
 }
 
 }  // namespace
