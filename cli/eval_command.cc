@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "cli/at_least.h"
 #include "cli/commands.h"
 #include "cli/live_line.h"
 #include "lm/checkpoint.h"
@@ -107,11 +108,11 @@ void add_eval(CLI::App& app) {
       ->capture_default_str();
   command
       ->add_option("--seq-len", options->seq_len, "Tokens of a sequence; data.seq_len by default")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   command->add_option("--batch-size", options->batch_size, "train.batch_size by default")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   command->add_option("--batches", options->num_batches, "At most so many, spread over the split")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   command->add_option("--device", options->device,
                       "auto, cpu, cuda or cuda:N; as in training where left out");
   command->add_flag("--json", options->json, "Print the result as JSON");

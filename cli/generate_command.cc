@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/at_least.h"
 #include "cli/commands.h"
 #include "lm/checkpoint.h"
 #include "lm/device.h"
@@ -161,10 +162,10 @@ void run(const Options& options) {
 
 void add_sampling(CLI::App& command, lm::SamplingOptions& sampling) {
   command.add_option("--temperature", sampling.temperature, "0: always the likeliest token")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   command.add_option("--top-k", sampling.top_k, "Among the k likeliest only; 0: off")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   command.add_option("--top-p", sampling.top_p, "Among the likeliest that reach this probability")
       ->check(CLI::Range(0.0, 1.0))
@@ -195,7 +196,7 @@ void add_generate(CLI::App& app) {
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 20))
       ->capture_default_str();
   command->add_option("--max-new-tokens", generation.max_new_tokens, "Stop after so many")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
   command->add_option("--batch", generation.max_batch, "Texts that grow at the same time")
       ->check(CLI::Range(std::int64_t{1}, std::int64_t{1} << 16))
@@ -203,7 +204,7 @@ void add_generate(CLI::App& app) {
   command
       ->add_option("--prefill-chunk", generation.prefill_chunk,
                    "Tokens of a long prompt read at a time: fewer take less memory")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
   add_sampling(*command, generation.sampling);
   command->add_option("--device", options->device,

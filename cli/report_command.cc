@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/at_least.h"
 #include "cli/commands.h"
 #include "cli/live_line.h"
 #include "lm/files.h"
@@ -63,19 +64,19 @@ void add_report(CLI::App& app) {
   command
       ->add_option("--batches", report.num_batches,
                    "Score on at most so many validation batches; all by default")
-      ->check(CLI::PositiveNumber);
+      ->check(at_least(1));
   command->add_option("--prompt", report.prompt, "Of the sample; empty: a new document");
   command->add_option("--max-new-tokens", report.max_new_tokens, "Of the sample")
-      ->check(CLI::PositiveNumber)
+      ->check(at_least(1))
       ->capture_default_str();
   command->add_option("--temperature", report.temperature, "Of the sample")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   command->add_option("--seed", report.seed, "Of the sample")->capture_default_str();
   command->add_option("--text", report.text,
                       "For the attention pictures; the start of the validation split by default");
   command->add_option("--heads", report.num_heads, "Number of heads to picture")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   command->add_option("--device", report.device,
                       "auto, cpu, cuda or cuda:N; as in training where left out");

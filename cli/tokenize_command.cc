@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "cli/at_least.h"
 #include "cli/commands.h"
 #include "cli/live_line.h"
 #include "lm/corpus.h"
@@ -121,7 +122,7 @@ void add_tokenize(CLI::App& app) {
   command->add_option("--extensions", options->extensions, "Only such files of folders: py,md,txt")
       ->delimiter(',');
   command->add_option("--seed", options->seed, "Of the choice of held-out documents")
-      ->check(CLI::NonNegativeNumber)
+      ->check(at_least(0))
       ->capture_default_str();
   command->add_flag("--json", options->json, "Print the result as JSON");
   command->callback([options] { run(*options); });

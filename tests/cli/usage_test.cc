@@ -58,7 +58,9 @@ TEST(Usage, WhatIsWrongIsNamed) {
   expect_usage_error({"eval", "run", "--batches", "0"}, "--batches");
   expect_usage_error({"generate", "run", "--max-new-tokens", "many"}, "many");
   expect_usage_error({"generate", "run", "--temperature", "-1"}, "--temperature");
-  expect_usage_error({"generate", "run", "--prefill-chunk", "0"}, "--prefill-chunk");
+  expect_usage_error({"generate", "run", "--prefill-chunk", "0"},
+                     "--prefill-chunk: must be at least 1, got 0");
+  expect_usage_error({"generate", "run", "--temperature", "nan"}, "at least 0, got nan");
   expect_usage_error({"generate", "run", "--top-p", "1.5"}, "--top-p");
   expect_usage_error({"generate", "run", "--batch", "0"}, "--batch");
   expect_usage_error({"generate", "run", "--samples", "0"}, "--samples");
