@@ -196,6 +196,17 @@ def measure(contestants, rounds):
     return medians(able(contestants, warmed), rounds)
 
 
+def print_times(times, errors, baseline, flops):
+    """A line for each contestant: milliseconds, against the baseline, and of ours the rest."""
+    for name, ms in times.items():
+        text = f"  {name:18s} {ms:8.4f}"
+        if baseline in times and name != baseline:
+            text += f"  {ms / times[baseline]:5.2f} of {baseline}"
+        if name in errors:
+            text += f"  {flops / ms * 1e-9:4.0f} TFLOP/s  error {errors[name]:.1e}"
+        print(text, flush=True)
+
+
 def kinds_of(arguments):
     """{name: (library, portable)} of the contestants that are ours."""
     kinds = {name: (library, False) for name, library in libraries(arguments, "Parallax").items()}
@@ -221,15 +232,8 @@ def main():
             errors[name] = check(problem)
         contestants.update(baselines(problem))
         times = measure(contestants, arguments.rounds)
-        reference = times.get("FA3")
         print(row.name())
-        for name, ms in times.items():
-            text = f"  {name:18s} {ms:8.4f}"
-            if reference and name != "FA3":
-                text += f"  {ms / reference:5.2f} of FA3"
-            if name in errors:
-                text += f"  {row.flops() / ms * 1e-9:4.0f} TFLOP/s  error {errors[name]:.1e}"
-            print(text, flush=True)
+        print_times(times, errors, "FA3", row.flops())
         figures.append({"row": row.name(), "ms": times, "error": errors})
         del problem, contestants
         torch.cuda.empty_cache()

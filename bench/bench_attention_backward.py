@@ -12,7 +12,7 @@ where softmax attention needs 5.
 import math
 
 import torch
-from bench_attention import ROWS, Problem, kinds_of, measure, ready
+from bench_attention import ROWS, Problem, kinds_of, measure, print_times, ready
 from contest import SDPA_BACKENDS, announce, arguments_of, refused, sdpa, write_json
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
@@ -115,13 +115,7 @@ def main():
             errors[name] = check(problem)
         contestants.update(baselines(problem))
         times = measure(contestants, arguments.rounds)
-        for name, ms in times.items():
-            text = f"  {name:18s} {ms:8.4f}"
-            if "cuDNN" in times and name != "cuDNN":
-                text += f"  {ms / times['cuDNN']:5.2f} of cuDNN"
-            if name in errors:
-                text += f"  {2 * row.flops() / ms * 1e-9:4.0f} TFLOP/s  error {errors[name]:.1e}"
-            print(text, flush=True)
+        print_times(times, errors, "cuDNN", 2 * row.flops())
         figures.append({"row": row.name(), "ms": times, "error": errors})
         del problem, contestants
         torch.cuda.empty_cache()

@@ -131,6 +131,27 @@ Case ragged_case(DType dtype, std::int64_t q_len, std::int64_t num_q_heads,
   return c;
 }
 
+std::vector<Case> cases_of(const std::vector<CaseShape>& shapes,
+                           const std::vector<std::int64_t>& head_dims, unsigned seed) {
+  std::vector<Case> cases;
+  for (std::int64_t head_dim : head_dims) {
+    for (Data data : {Data::kZeroMean, Data::kShifted}) {
+      for (const CaseShape& shape : shapes) {
+        Case c;
+        c.problem =
+            problem_of(DType::kBFloat16, 1, shape.q_len, shape.kv_len, shape.group, 1, head_dim);
+        c.problem.causal = shape.causal;
+        c.problem.window = shape.window;
+        c.inputs = random_inputs(c.problem, data, seed);
+        c.name = std::to_string(shape.q_len) + "x" + std::to_string(shape.kv_len) + ", window " +
+                 std::to_string(shape.window);
+        cases.push_back(std::move(c));
+      }
+    }
+  }
+  return cases;
+}
+
 std::vector<Case> all_cases(DType dtype, std::int64_t head_dim, Data data,
                             std::int64_t max_kv_len) {
   std::vector<Case> cases;

@@ -60,6 +60,14 @@ Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_le
 Case ragged_case(DType dtype, std::int64_t q_len, std::int64_t num_q_heads,
                  std::int64_t num_kv_heads, std::int64_t head_dim, std::int64_t window, Data data);
 
+// bf16 cases of these shapes, one key/value head, with every head_dim on both kinds of data.
+struct CaseShape {
+  std::int64_t q_len, kv_len, group, window;
+  bool causal;
+};
+std::vector<Case> cases_of(const std::vector<CaseShape>& shapes,
+                           const std::vector<std::int64_t>& head_dims, unsigned seed);
+
 // Masks, layouts, groups and odd shapes: the list that every kernel has to pass. max_kv_len keeps
 // the slow ones away.
 std::vector<Case> all_cases(DType dtype, std::int64_t head_dim, Data data, std::int64_t max_kv_len);

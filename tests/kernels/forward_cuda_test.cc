@@ -80,29 +80,11 @@ TEST_P(ForwardCuda, HoldsTheErrorRule) {
 }
 
 TEST_P(ForwardCuda, LongRowsStayWithinTheError) {
-  struct Shape {
-    std::int64_t q_len, kv_len, group, window;
-    bool causal;
-  };
-  const Shape shapes[] = {{1023, 1024, 1, 0, true},   {1024, 1023, 3, 0, true},
-                          {1023, 1024, 1, 0, false},  {4097, 4097, 1, 0, true},
-                          {2000, 2000, 4, 200, true}, {700, 1900, 8, 1024, true},
-                          {64, 4097, 8, 0, true},     {4097, 640, 1, 0, false}};
-  std::vector<Case> cases;
-  for (std::int64_t head_dim : {64, 128, 256}) {
-    for (Data data : {Data::kZeroMean, Data::kShifted}) {
-      for (const Shape& shape : shapes) {
-        AttentionProblem problem =
-            problem_of(DType::kBFloat16, 1, shape.q_len, shape.kv_len, shape.group, 1, head_dim);
-        problem.causal = shape.causal;
-        problem.window = shape.window;
-        Case c = case_of(problem, data);
-        c.name = std::to_string(shape.q_len) + "x" + std::to_string(shape.kv_len) + ", window " +
-                 std::to_string(shape.window);
-        cases.push_back(std::move(c));
-      }
-    }
-  }
+  const std::vector<CaseShape> shapes = {{1023, 1024, 1, 0, true},   {1024, 1023, 3, 0, true},
+                                         {1023, 1024, 1, 0, false},  {4097, 4097, 1, 0, true},
+                                         {2000, 2000, 4, 200, true}, {700, 1900, 8, 1024, true},
+                                         {64, 4097, 8, 0, true},     {4097, 640, 1, 0, false}};
+  const std::vector<Case> cases = cases_of(shapes, {64, 128, 256}, 11);
   const auto exact = on_all_cores<Results>(cases, [](Case c) {
     c.problem.dtype = DType::kFloat64;
     return cpu_forward(c);
