@@ -87,20 +87,22 @@ ROWS = [
 
 
 class Problem:
-    """The inputs of a row; q and r are two tensors, as a model has them."""
+    """The inputs of a row; q and r are two tensors, as a model has them. With `shifted` keys have mean
+    3, values mean 1, and r = (normal + 0.3) / 2, as a trained model may have them."""
 
-    def __init__(self, row, r_scale=0.1):
+    def __init__(self, row, shifted=False):
         torch.manual_seed(1)
         self.row = row
         self.tokens = sum(row.lengths) if row.lengths else row.length
         batch = 1 if row.lengths else row.batch
 
-        def normal(heads, scale=1.0):
+        def normal(heads, scale=1.0, mean=0.0):
             shape = (batch, self.tokens, heads, row.head_dim)
-            return (torch.randn(shape, device="cuda") * scale).to(row.dtype)
+            x = torch.randn(shape, device="cuda") * scale
+            return (x + mean if shifted else x).to(row.dtype)
 
-        self.q, self.r = normal(row.q_heads), normal(row.q_heads, r_scale)
-        self.k, self.v = normal(row.kv_heads), normal(row.kv_heads)
+        self.q, self.r = normal(row.q_heads), normal(row.q_heads, 0.5 if shifted else 0.1, 0.15)
+        self.k, self.v = normal(row.kv_heads, mean=3.0), normal(row.kv_heads, mean=1.0)
         self.o = torch.full_like(self.q, float("nan"))
         self.scale = row.head_dim ** -0.5
         self.cu = None

@@ -21,8 +21,8 @@ GRADIENTS = ("dq", "dr", "dk", "dv")
 class BackwardProblem(Problem):
     """A row's inputs, gradients, and what the forward saves, made by our forward."""
 
-    def __init__(self, row, library, portable=False):
-        super().__init__(row)
+    def __init__(self, row, library, portable=False, shifted=False):
+        super().__init__(row, shifted)
         self.d_o = torch.randn_like(self.q)
         self.v_bar = torch.empty_like(self.q)
         statistics = (self.q.shape[0], row.q_heads, self.tokens)

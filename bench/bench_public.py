@@ -3,7 +3,7 @@
 """Times the official Parallax kernels beside ours, in one process.
 
     bench_public.py [--public FOLDER] [--passes forward backward decode] [--only TEXT] [--every-row]
-                    [--rounds N] [--jobs N] [--compile-only] [--json FILE] [--lib NAME=PATH ...]
+                    [--rounds N] [--jobs N] [--errors] [--json FILE] [--lib NAME=PATH ...]
 
 The official package (github.com/Yifei-Zuo/Parallax, parallax-kernel in Python's registry) is no part
 of this project. FOLDER is a checkout of it, or what `pip install --no-deps --target FOLDER` made;
@@ -12,7 +12,8 @@ its CuTeDSL decode needs nvidia-cutlass-dsl 4.1.0 and cuda-python, and is left o
 
 Its training kernels try 36 variants for every new shape, which takes minutes: two shapes are timed
 unless --every-row asks for all that it supports. The variants are compiled N at a time here, and
-then chosen from as always. --compile-only stops there, for the next run to find them compiled.
+then chosen from as always. --errors takes the first variant and times nothing: it prints the errors,
+of the training kernels on shifted data too (keys of mean 3, values of mean 1, r of mean 0.15).
 Times are taken as in bench_attention.py (ms) and bench_decode.py (us); "first" is the first call on a
 shape, compiling and choosing included. The official forward always writes what its backward needs;
 ours is timed with and without that.
@@ -59,9 +60,9 @@ def load_public(folder):
              "github.com/Yifei-Zuo/Parallax with --public")
 
 
-def watch_tuning(jobs, compile_only):
+def watch_tuning(jobs, first_only):
     """From now on Triton's autotuner says what it is at, and has its candidates compiled `jobs` at a
-    time before it measures them; with `compile_only` it measures none."""
+    time before it measures them, or with `first_only` takes the first of them."""
     from triton.runtime._async_compile import AsyncCompileMode
     from triton.runtime.autotuner import Autotuner
 
@@ -82,9 +83,11 @@ def watch_tuning(jobs, compile_only):
         if tuned is not tuner.nargs:  # its first candidate for this shape
             tuned = tuner.nargs
             compile_all(tuner, args, meta)
-        return [0.0] * 3 if compile_only else measure(tuner, *args, config=config, **meta)
+        return measure(tuner, *args, config=config, **meta)
 
     Autotuner._bench = watched
+    if first_only:
+        Autotuner.prune_configs = lambda tuner, meta: tuner.configs[:1]
 
 
 def first_calls(contestants, *args):
@@ -105,13 +108,16 @@ def first_calls(contestants, *args):
 def figures_of(name, unit, times, first, errors):
     """Prints a row, the contestants in terms of the fastest of ours. -> the same for the JSON file."""
     print(name)
-    ours = min(time for who, time in times.items() if not who.startswith("official"))
-    for who, value in times.items():
-        text = f"  {who:24s} {value:9.4f} {unit}  {value / ours:6.2f} of ours  error {errors[who]:.1e}"
-        if who.startswith("official"):
-            text += f"  first {first[who]:.1f} s"
-        print(text, flush=True)
-    return {"row": name, unit: times, "first_s": first, "error": errors}
+    ours = min((time for who, time in times.items() if not who.startswith("official")), default=None)
+    for who, error in errors.items():
+        text = f"  {who:24s}"
+        if who in times:
+            text += f" {times[who]:9.4f} {unit}  {times[who] / ours:6.2f} of ours "
+            if who.startswith("official"):
+                text += f" first {first[who]:.1f} s "
+        print(f"{text} error {error:.1e}", flush=True)
+    theirs = {who: first[who] for who in errors if who.startswith("official")}
+    return {"row": name, unit: times, "first_s": theirs, "error": errors}
 
 
 def folded(tensor):
@@ -145,9 +151,10 @@ class OfficialTraining:
             place.copy_(result.unflatten(0, (place.shape[0], place.shape[2])).transpose(1, 2))
 
 
-def time_training(public, library, row, arguments):
+def time_training(public, library, row, arguments, shifted=False):
     """-> rows for the JSON file."""
-    ours, theirs = (bench_attention_backward.BackwardProblem(row, library) for _ in range(2))
+    ours, theirs = (bench_attention_backward.BackwardProblem(row, library, shifted=shifted)
+                    for _ in range(2))
     official = OfficialTraining(public, theirs)
     passes = {"forward": {"Parallax": bench_attention.parallax(library, ours),
                           "Parallax with statistics": ours.forward,
@@ -159,14 +166,13 @@ def time_training(public, library, row, arguments):
         if which == "backward" and not hasattr(official, "saved"):
             official.forward()
         first = first_calls(passes[which])
-        if arguments.compile_only:
-            continue
         official.hand_over(which)
         errors = {name: check[which](theirs if name.startswith("official") else ours)
                   for name in first}
-        times = bench_attention.measure({name: passes[which][name] for name in first},
-                                        arguments.rounds)
-        figures.append(figures_of(f"{which} {row.name()}", "ms", times, first, errors))
+        able = {name: passes[which][name] for name in first if not arguments.errors}
+        times = bench_attention.measure(able, arguments.rounds)
+        name = f"{which} {row.name()}" + (" shifted" if shifted else "")
+        figures.append(figures_of(name, "ms", times, first, errors))
     return figures
 
 
@@ -188,16 +194,14 @@ def time_decode(public, library, row, arguments):
     contestants |= official_decodes(public, problem)
     cache = problem.caches[0]
     first = first_calls(contestants, cache)
-    if arguments.compile_only:
-        return []
     errors = {}
     for name in first:
         o = contestants[name](cache)
         if o is not None:
             problem.o.copy_(o)
         errors[name] = bench_decode.check(problem, cache)
-    times = bench_decode.measure({name: contestants[name] for name in first}, problem,
-                                 arguments.rounds)
+    able = {name: contestants[name] for name in first if not arguments.errors}
+    times = bench_decode.measure(able, problem, arguments.rounds)
     return [figures_of(f"decode {row.name()}", "us", times, first, errors)]
 
 
@@ -214,11 +218,11 @@ def main():
     parser.add_argument("--every-row", action="store_true", help="every shape that it supports")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N",
                         help="variants compiled at a time")
-    parser.add_argument("--compile-only", action="store_true", help="compile, time nothing")
+    parser.add_argument("--errors", action="store_true", help="errors instead of times")
     arguments = parser.parse_args()
     (library, *_) = libraries(arguments, "Parallax").values()
     public = load_public(arguments.public)
-    watch_tuning(arguments.jobs, arguments.compile_only)
+    watch_tuning(arguments.jobs, first_only=arguments.errors)
     announce(f"official package {public.__version__}")
     if "decode" in arguments.passes and not public.cute_decode_available:
         print("  official CuTeDSL decode left out: nvidia-cutlass-dsl 4.1.0 and cuda-python are not "
@@ -229,8 +233,9 @@ def main():
         rows = [row for row in bench_attention.ROWS if row.causal and not row.lengths
                 and not row.window and row.dtype == torch.bfloat16 and row.head_dim <= 128]
         for row in chosen(rows, TWO_SHAPES, arguments):
-            figures += time_training(public, library, row, arguments)
-            torch.cuda.empty_cache()
+            for shifted in (False, True) if arguments.errors else (False,):
+                figures += time_training(public, library, row, arguments, shifted)
+                torch.cuda.empty_cache()
     if "decode" in arguments.passes:
         for row in chosen(bench_decode.TABLE, TWO_CACHES, arguments):
             figures += time_decode(public, library, row, arguments)
