@@ -7,7 +7,7 @@
 # kernels are checked. Baselines that it cannot import are left out (FlashAttention-3: the package
 # fa3-fwd). Fails if anything failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit
 if [[ ${1:-} == -* ]]; then
   sed -n '2,/^set /{s/^# //p}' "tools/gpu.sh"
   [[ $1 == -h || $1 == --help ]]
@@ -42,7 +42,7 @@ check_part() {  # PROGRAM PART
 
 # The tests spend most of their time on float64 oracles on the CPU: four parts of each, all at once.
 check_programs() {  # PROGRAM...
-  local running=() machine_code= test part pid
+  local running=() machine_code="" entry test part pid
   if command -v cuobjdump >/dev/null; then
     check_machine_code >"$logs/machine_code" &
     machine_code=$!
