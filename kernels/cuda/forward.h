@@ -29,8 +29,8 @@ struct ForwardTile {
 };
 
 PARALLAX_HOST_DEVICE constexpr ForwardTile forward_tile(int head_dim) {
-  if (head_dim <= 64) return {3, 128, 2, 2, false, true, 160, 32};
-  if (head_dim <= 128) return {2, 128, 2, 1, true, true, 240, 24};
+  if (head_dim <= 64) return {3, 128, 4, 2, false, true, 160, 32};
+  if (head_dim <= 128) return {2, 128, 3, 1, true, true, 240, 24};
   return {2, 80, 2, 1, false, true, 240, 24};
 }
 
@@ -89,7 +89,10 @@ Status launch_forward(const ForwardMaps& maps, const ForwardParams& params, int 
 // Packed calls: sorts the sequences (in runs of 1024) by decreasing length into `order`, counts the
 // query tiles before each into `first_ticket` and sets *next_ticket to 0.
 Status launch_forward_order(const AttentionProblem& problem, const Sequences& sequences,
-                            int queries_per_tile, int* next_ticket, int* order, int* first_ticket,
-                            cudaStream_t stream);
+                            int queries_per_tile, int blocks, int* next_ticket, int* order,
+                            int* first_ticket, cudaStream_t stream);
+
+// Sets *next_ticket to `blocks`: each CTA's first ticket is its own number.
+Status launch_first_ticket(int blocks, int* next_ticket, cudaStream_t stream);
 
 }  // namespace parallax

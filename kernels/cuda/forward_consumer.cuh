@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/forward_tile.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/packed_rows.cuh"
 #include "cuda/ptx.cuh"
 #include "cuda/wgmma.cuh"
@@ -17,6 +18,8 @@ struct ForwardConsumer {
   static constexpr bool kPinned = kHeadDim == 128;  // p and w are made before the wait for V
   static constexpr bool kHalves = kKeys == 128;     // a row's last tile may be half a tile
   static constexpr int kHalf = kHalves ? kKeys / 2 : kKeys;
+  // q and r of the next query tile are there before this one's last products.
+  static constexpr bool kCrosses = kTile.q_in_registers || kTile.packed_stages > 1;
 
   const ForwardParams& params;
   Shared& shared;
@@ -71,39 +74,72 @@ struct ForwardConsumer {
 
   // -- products
 
-  __device__ __forceinline__ void load_operand() {
+  // The k-th 16 columns of the warp's q and r as a register operand.
+  __device__ __forceinline__ void load_fragment(std::uint32_t (&fragment)[4], int k) const {
     const int thread = ptx::thread_index();
     const int lane = thread & 31;
     const int flip = params.r_first ? 8 : 0;
     const int row = (thread >> 1 & 48) + ((lane & 15) ^ flip);
-    const std::uint32_t base = ptx::shared_address(shared.packed[0]) + warpgroup * 8192 + row * 128;
+    const int chunk = (2 * (k & 3) + (lane >> 4)) ^ (row & 7);
+    ptx::load_matrices(fragment, ptx::shared_address(shared.packed[packed_stage()]) +
+                                     (k >> 2) * Shared::kPackedPanel + warpgroup * 8192 +
+                                     row * 128 + chunk * 16);
+  }
+
+  __device__ __forceinline__ void load_operand() {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
-      const int chunk = (2 * (k & 3) + (lane >> 4)) ^ (row & 7);
       std::uint32_t fragment[4];
-      ptx::load_matrices(fragment, base + (k >> 2) * Shared::kPackedPanel + chunk * 16);
+      load_fragment(fragment, k);
 #pragma unroll
       for (int i = 0; i < 4; ++i) a[4 * k + i] = fragment[i];
     }
   }
 
-  // s of the first kCount keys of the tile.
-  template <int kCount>
-  __device__ __forceinline__ void multiply_keys(float (&sums)[kCount / 2], unsigned stage) {
+  // s of the n-th query tile.
+  __device__ __forceinline__ void multiply_keys(unsigned stage, unsigned n) {
     const std::uint32_t keys =
         wgmma::descriptor(ptx::shared_address(shared.k[0])) + stage * (Shared::kKeyBytes >> 4);
     const std::uint32_t rows =
         wgmma::descriptor(ptx::shared_address(shared.packed[0]) + warpgroup * 8192) +
-        packed_stage() * (Shared::kPackedBytes >> 4);
+        n % kTile.packed_stages * (Shared::kPackedBytes >> 4);
+    wgmma::forget(s);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const int key_step = ((k >> 2) * Shared::kKeyPanel + (k & 3) * 32) >> 4;
       const int row_step = ((k >> 2) * Shared::kPackedPanel + (k & 3) * 32) >> 4;
       if constexpr (kTile.q_in_registers) {
-        wgmma::Products<T, kCount>::register_a(sums, a[4 * k], a[4 * k + 1], a[4 * k + 2],
-                                               a[4 * k + 3], keys + key_step, k != 0);
+        wgmma::Products<T, kKeys>::register_a(s, a[4 * k], a[4 * k + 1], a[4 * k + 2], a[4 * k + 3],
+                                              keys + key_step, k != 0);
       } else {
-        wgmma::Products<T, kCount>::shared_a(sums, rows + row_step, keys + key_step, k != 0);
+        wgmma::Products<T, kKeys>::shared_a(s, rows + row_step, keys + key_step, k != 0);
+      }
+    }
+  }
+
+  // s once more, by this warp alone.
+  __device__ __forceinline__ void repeat_keys(unsigned stage) {
+    const int lane = ptx::thread_index() & 31;
+    const int row = (lane & 7) + (lane >> 4 << 3);
+    const std::uint32_t keys = ptx::shared_address(shared.k[stage]) + row * 128;
+#pragma unroll
+    for (int i = 0; i < kKeys / 2; ++i) s[i] = 0.0f;
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      const int chunk = (2 * (k & 3) + (lane >> 3 & 1)) ^ (row & 7);
+      std::uint32_t rows[4];
+      if constexpr (kTile.q_in_registers) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) rows[i] = a[4 * k + i];
+      } else {
+        load_fragment(rows, k);
+      }
+#pragma unroll
+      for (int n = 0; n < kKeys / 16; ++n) {
+        std::uint32_t pair[4];
+        ptx::load_matrices(pair, keys + (k >> 2) * Shared::kKeyPanel + n * 2048 + chunk * 16);
+        mma::multiply<T>(s + 8 * n, rows, pair[0], pair[1]);
+        mma::multiply<T>(s + 8 * n + 4, rows, pair[2], pair[3]);
       }
     }
   }
@@ -167,32 +203,39 @@ struct ForwardConsumer {
   }
 
   // The first key tile of a query tile: its logits and probes alone.
-  __device__ __forceinline__ void first_step(const TileInfo& info, int tile, bool half) {
+  __device__ __forceinline__ void first_products() {
     const unsigned stage = used % kTile.stages;
     ptx::barrier_wait(&shared.k_full[stage], (used / kTile.stages) & 1);
     take_turn();
-    if (kHalves && half) {
-      float sums[kHalf / 2];
-      wgmma::fence();
-      multiply_keys<kHalf>(sums, stage);
-      wgmma::commit();
-      pass_turn();
-      wgmma::wait<0>();
-      wgmma::settle(sums);
-#pragma unroll
-      for (int i = 0; i < kHalf / 2; ++i) s[i] = sums[i];
-    } else {
-      wgmma::fence();
-      multiply_keys<kKeys>(s, stage);
-      wgmma::commit();
-      pass_turn();
-      wgmma::wait<0>();
-      wgmma::settle(s);
-    }
+    wgmma::fence();
+    multiply_keys(stage, query_tile);
+    wgmma::commit();
+    pass_turn();
+    wgmma::wait<0>();
+    wgmma::settle(s);
     release(&shared.k_empty[stage]);
-    row.add_first(s, params.scale_log2, visible(info, tile));
-    round_weights();
-    clear_values(info, tile);
+  }
+
+  // The same for the next query tile, issued together with the last products of this one, whose
+  // results are then stored.
+  __device__ __forceinline__ void cross(const TileInfo& info) {
+    const unsigned stage = used % kTile.stages;
+    const unsigned last = (used - 1) % kTile.stages;
+    ptx::barrier_wait(&shared.k_full[stage], (used / kTile.stages) & 1);
+    take_turn();
+    wgmma::fence();
+    multiply_keys(stage, query_tile + 1);
+    wgmma::commit();
+    ptx::barrier_wait(&shared.v_full[last], ((used - 1) / kTile.stages) & 1);
+    wgmma::fence();
+    multiply_values<kKeys>(last);
+    wgmma::commit();
+    pass_turn();
+    const Ending ending = end(info);
+    finish_values(last);
+    wgmma::settle(s);
+    release(&shared.k_empty[stage]);
+    store(info, ending);
   }
 
   // A key tile that only other warpgroups see.
@@ -209,17 +252,16 @@ struct ForwardConsumer {
   }
 
   // Logits and probes of this key tile and the products of the last one's p and w with V, issued
-  // together; of that one only the first kLastKeys keys. The softmax runs under the products of the
-  // other warpgroups and, pinned, of this one (docs/kernels.md).
-  template <bool kEdge, int kLastKeys = kKeys>
-  __device__ __forceinline__ void step(const TileInfo& info, int tile) {
+  // together; of that one only the first kLastKeys keys.
+  template <int kLastKeys>
+  __device__ __forceinline__ void issue_step() {
     const unsigned stage = used % kTile.stages;
     const unsigned last = (used - 1) % kTile.stages;
     if (!keys_ready) ptx::barrier_wait(&shared.k_full[stage], (used / kTile.stages) & 1);
     keys_ready = false;
     take_turn();
     wgmma::fence();
-    multiply_keys<kKeys>(s, stage);
+    multiply_keys(stage, query_tile);
     wgmma::commit();
     ptx::barrier_wait(&shared.v_full[last], ((used - 1) / kTile.stages) & 1);
     wgmma::fence();
@@ -228,117 +270,205 @@ struct ForwardConsumer {
     pass_turn();
     wgmma::wait<1>();
     wgmma::settle(s);
-    release(&shared.k_empty[stage]);
-    if constexpr (kEdge) {
-      finish_values(last);
-      const auto change = row.add_edge(s, params.scale_log2, visible(info, tile));
-      scale_sums(o, change.factor);
-      shift_sums(o, change.shift);
-    } else {
-      float factor = 1.0f;
-      const bool grown = row.raise(s, params.scale_log2, &factor);
-      row.exponentiate(s, params.scale_log2);
-      row.weigh_probes(s);
-      if constexpr (kPinned) ptx::pin(row.d2, &shared.scratch);
-      finish_values(last);
-      const unsigned next = used + 1;
-      keys_ready =
-          ptx::barrier_test(&shared.k_full[next % kTile.stages], (next / kTile.stages) & 1);
-      wgmma::settle(s);
-      if (grown) scale_sums(o, factor);
-    }
-    round_weights();
-    if constexpr (kEdge) clear_values(info, tile);
   }
 
-  __device__ __forceinline__ void last_step() {
+  // A key tile that every row sees whole. The softmax runs under the products of the other
+  // warpgroups and, pinned, of this one (docs/kernels.md). False: the row's maximum was too small,
+  // and outgrown_step() must follow.
+  template <int kLastKeys = kKeys>
+  __device__ __forceinline__ bool interior_step() {
+    issue_step<kLastKeys>();
+    const auto sums = row.weigh(s, params.scale_log2);
+    if constexpr (kPinned) ptx::pin(sums.w, &shared.scratch);
+    finish_values((used - 1) % kTile.stages);
+    wgmma::settle(s);
+    if (!row.fits(sums)) return false;
+    release(&shared.k_empty[used % kTile.stages]);
+    row.add(sums);
+    const unsigned next = used + 1;
+    keys_ready = ptx::barrier_test(&shared.k_full[next % kTile.stages], (next / kTile.stages) & 1);
+    round_weights();
+    return true;
+  }
+
+  // The same key tile once more, with a maximum that holds.
+  __device__ __forceinline__ void outgrown_step() {
+    repeat_keys(used % kTile.stages);
+    release(&shared.k_empty[used % kTile.stages]);
+    scale_sums(o, row.raise_to(row.tile_max(s) * params.scale_log2));
+    row.add(row.weigh(s, params.scale_log2));
+    round_weights();
+  }
+
+  // A key tile of which some row does not see all, or that may hold a row's first keys.
+  __device__ __forceinline__ void edge_step(const TileInfo& info, int tile) {
+    issue_step<kKeys>();
+    release(&shared.k_empty[used % kTile.stages]);
+    finish_values((used - 1) % kTile.stages);
+    const auto change = row.add_edge(s, params.scale_log2, visible(info, tile));
+    scale_sums(o, change.factor);
+    shift_sums(o, change.shift);
+    round_weights();
+    clear_values(info, tile);
+  }
+
+  __device__ __forceinline__ void last_step(const TileInfo& info) {
     const unsigned last = (used - 1) % kTile.stages;
     ptx::barrier_wait(&shared.v_full[last], ((used - 1) / kTile.stages) & 1);
     wgmma::fence();
     multiply_values<kKeys>(last);
     wgmma::commit();
+    const Ending ending = end(info);
     finish_values(last);
+    store(info, ending);
   }
 
-  __device__ __forceinline__ void store(const TileInfo& info) const {
-    const int query = query_of(info);
-    const Finalized<float> result = row.finish();
-    const bool valid = query < info.q_len;
+  // What a row yields and where it goes.
+  struct Ending {
+    Finalized<float> row;
+    T* o;
+    bool valid;
+  };
+
+  __device__ __forceinline__ T* row_of(const View& view, const TileInfo& info) const {
+    const std::int64_t token = static_cast<std::int64_t>(info.q_offset) + query_of(info);
+    return static_cast<T*>(view.data) + info.batch_idx * view.batch_stride +
+           token * view.len_stride + info.head * view.head_stride;
+  }
+
+  __device__ __forceinline__ Ending end(const TileInfo& info) const {
+    return {row.finish(), row_of(params.o, info), query_of(info) < info.q_len};
+  }
+
+  __device__ __forceinline__ void store(const TileInfo& info, const Ending& ending) const {
     const int head_dim = static_cast<int>(params.problem.head_dim);
-    const std::int64_t batch_idx = info.batch_idx;
-    const std::int64_t token = static_cast<std::int64_t>(info.q_offset) + query;
-    const std::int64_t head = info.head;
-    auto row_of = [&](const View& view) {
-      return static_cast<T*>(view.data) + batch_idx * view.batch_stride + token * view.len_stride +
-             head * view.head_stride;
-    };
-    store_row(o, row_of(params.o), valid, head_dim,
-              [&](float o1, float o2) { return result.o(o1, o2); });
+    store_row(o, ending.o, ending.valid, head_dim,
+              [&](float o1, float o2) { return ending.row.o(o1, o2); });
     if (params.v_bar.data != nullptr) {
-      store_row(o, row_of(params.v_bar), valid, head_dim,
-                [&](float o1, float) { return result.v_bar(o1); });
+      store_row(o, row_of(params.v_bar, info), ending.valid, head_dim,
+                [&](float o1, float) { return ending.row.v_bar(o1); });
     }
-    if (valid && (ptx::thread_index() & 3) == 0) {
+    if (ending.valid && (ptx::thread_index() & 3) == 0) {
       const std::int64_t index =
-          (batch_idx * params.problem.num_q_heads + head) * params.problem.q_len + token;
-      if (params.lse != nullptr) params.lse[index] = result.lse;
-      if (params.t_bar != nullptr) params.t_bar[index] = result.t_bar;
+          (info.batch_idx * params.problem.num_q_heads + info.head) * params.problem.q_len +
+          info.q_offset + query_of(info);
+      if (params.lse != nullptr) params.lse[index] = ending.row.lse;
+      if (params.t_bar != nullptr) params.t_bar[index] = ending.row.t_bar;
     }
+  }
+
+  __device__ __forceinline__ const TileInfo& info_of(unsigned n) const {
+    return shared.info[n % kTileInfos];
+  }
+
+  // Waits for the q and r of the n-th query tile; false where there is none.
+  __device__ __forceinline__ bool await_packed(unsigned n) const {
+    ptx::barrier_wait(&shared.packed_full[n % kTile.packed_stages], n / kTile.packed_stages & 1);
+    return ptx::uniform(info_of(n).q_begin) >= 0;
+  }
+
+  __device__ __forceinline__ void take_packed() {
+    if constexpr (kTile.q_in_registers) {
+      load_operand();
+      release_packed();
+    }
+  }
+
+  // Key tiles of the CTA above those that this warpgroup sees, and below.
+  __device__ __forceinline__ int tiles_above(const TileInfo& info) const {
+    return ptx::uniform(info.tiles.first + info.tiles.count -
+                        max(info.own[warpgroup].end, info.tiles.first));
+  }
+  __device__ __forceinline__ int tiles_below(const TileInfo& info) const {
+    return ptx::uniform(info.own[warpgroup].begin - info.tiles.first);
+  }
+  __device__ __forceinline__ bool sees_keys(const TileInfo& info) const {
+    return ptx::uniform(info.own[warpgroup].size() > 0);
+  }
+  __device__ __forceinline__ bool sees_half(const TileInfo& info) const {
+    return kHalves && ptx::uniform(info.half[warpgroup]);
+  }
+
+  __device__ __forceinline__ void skip_tiles(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) skip_tile();
+  }
+
+  // The first products of the next query tile can be issued under the last ones of this: nothing is
+  // to be skipped between them.
+  __device__ __forceinline__ bool can_cross() const {
+    if (!kCrosses || tiles_below(info_of(query_tile)) > 0) return false;
+    if (!await_packed(query_tile + 1)) return false;
+    const TileInfo& next = info_of(query_tile + 1);
+    return sees_keys(next) && tiles_above(next) == 0;
+  }
+
+  // All of a query tile's key tiles but the last products with V.
+  __device__ __forceinline__ void meet_keys(const TileInfo& info) {
+    const int own_begin = ptx::uniform(info.own[warpgroup].begin);
+    const int interior_begin = ptx::uniform(info.interior[warpgroup].begin);
+    const int interior_end = ptx::uniform(info.interior[warpgroup].end);
+    int tile = ptx::uniform(info.own[warpgroup].end) - 1;
+    row = {};
+    row.add_first(s, params.scale_log2, visible(info, tile));
+    round_weights();
+    clear_values(info, tile);
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+    keys_ready = false;
+    ++used;
+    --tile;
+    if (sees_half(info) && tile >= interior_begin && tile < interior_end) {
+      if (!interior_step<kHalf>()) outgrown_step();
+      --tile;
+      ++used;
+    }
+#pragma unroll 1
+    for (;; --tile, ++used) {
+      const int stop = tile < interior_end ? interior_begin : tile + 1;
+#pragma unroll 1
+      for (; tile >= stop && interior_step(); --tile) ++used;
+      if (tile >= stop) {
+        outgrown_step();
+      } else if (tile >= own_begin) {
+        edge_step(info, tile);
+      } else {
+        break;
+      }
+    }
+  }
+
+  // A query tile none of whose keys this warpgroup sees.
+  __device__ __forceinline__ void pass_by(const TileInfo& info) {
+    if constexpr (!kTile.q_in_registers) release_packed();
+    skip_tiles(ptx::uniform(info.tiles.count));
+    row = {};
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
+    store(info, end(info));
   }
 
   __device__ __forceinline__ void run() {
     first_credit();
 #pragma unroll 1
-    for (;; ++query_tile) {
-      ptx::barrier_wait(&shared.packed_full[packed_stage()], query_tile / kTile.packed_stages & 1);
-      const TileInfo& info = shared.info[query_tile % kTileInfos];
-      const int q_begin = ptx::uniform(info.q_begin);
-      if (q_begin < 0) break;
-      if constexpr (kTile.q_in_registers) {
-        load_operand();
-        release_packed();
+    for (; await_packed(query_tile); ++query_tile) {
+      take_packed();
+      if (!sees_keys(info_of(query_tile))) {
+        pass_by(info_of(query_tile));
+        continue;
       }
-      const int own_begin = ptx::uniform(info.own[warpgroup].begin);
-      const int own_end = ptx::uniform(info.own[warpgroup].end);
-      const int interior_begin = ptx::uniform(info.interior[warpgroup].begin);
-      const int interior_end = ptx::uniform(info.interior[warpgroup].end);
-      int skipped =
-          ptx::uniform(info.tiles.first + info.tiles.count) - max(own_end, info.tiles.first);
+      skip_tiles(tiles_above(info_of(query_tile)));
+      first_products();
 #pragma unroll 1
-      for (; skipped > 0; --skipped) skip_tile();
-      int tile = own_end - 1;
-      row = {};
-      keys_ready = false;
-      const bool half = kHalves && ptx::uniform(info.half[warpgroup]);
-      if (own_begin < own_end) first_step(info, tile, half);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[i] = 0.0f;
-      if (own_begin < own_end) {
-        ++used;
-        --tile;
-        if (half && tile >= interior_begin && tile < interior_end) {
-          step<false, kHalf>(info, tile);
-          --tile;
-          ++used;
-        }
-#pragma unroll 1
-        for (; tile >= own_begin; --tile, ++used) {
-          if (tile >= interior_begin && tile < interior_end) [[likely]] {
-            step<false>(info, tile);
-          } else {
-            step<true>(info, tile);
-          }
-        }
+      for (;; ++query_tile) {
+        meet_keys(info_of(query_tile));
+        if constexpr (!kTile.q_in_registers) release_packed();
+        if (!can_cross()) break;
+        take_packed();
+        cross(info_of(query_tile));
       }
-      if constexpr (!kTile.q_in_registers) release_packed();
-      if (own_begin < own_end) {
-        last_step();
-#pragma unroll 1
-        for (skipped = own_begin - ptx::uniform(info.tiles.first); skipped > 0; --skipped) {
-          skip_tile();
-        }
-      }
-      store(info);
+      last_step(info_of(query_tile));
+      skip_tiles(tiles_below(info_of(query_tile)));
     }
     last_credit();
   }

@@ -34,8 +34,9 @@ struct TileInfo {
   Range interior[kMaxWarpgroups];  // and that need no mask
   bool half[kMaxWarpgroups];       // of its last key tile, all that it sees lies in the first half
 };
-// The scheduler may be at tile n + 1 while consumers finish n - 1.
-constexpr int kTileInfos = 4;
+// While consumers store tile n, the scheduler may be at n + 4: their first products of n + 1 are
+// done.
+constexpr int kTileInfos = 8;
 
 template <int kHeadDim>
 struct alignas(1024) ForwardShared {

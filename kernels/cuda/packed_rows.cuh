@@ -24,6 +24,9 @@ struct PackedRow {
   // How far (in powers of two) a row may outgrow its m before o is rescaled. p then reaches 2^8;
   // in fp16 2^3, so that w = p (t - c) has room for probes of 8000.
   static constexpr float kSlack = std::is_same_v<T, bf16> ? 8.0f : 3.0f;
+  // How much the p of a thread's keys may sum to in weigh(): nothing overflows below it, w in fp16
+  // with probes of 1000.
+  static constexpr float kRoom = std::is_same_v<T, bf16> ? 0x1p40f : 64.0f;
   static constexpr int kWidth = kKeys / 4;  // keys of a tile that a thread holds
   using Scores = float[kKeys / 2];
 
@@ -44,14 +47,38 @@ struct PackedRow {
   __device__ __forceinline__ bool raise(const Scores& s, float scale_log2, float* factor) {
     const float top = tile_max(s) * scale_log2;
     const bool grown = __any_sync(0xffffffffu, top > m + kSlack);
-    if (grown) {
-      const float raised = fmaxf(m, top);
-      *factor = ptx::exp2(m - raised);
-      m = raised;
-      d1 *= *factor;
-      d2 *= *factor;
-    }
+    if (grown) *factor = raise_to(top);
     return grown;
+  }
+
+  // Makes m at least `top`; returns what o must be scaled by.
+  __device__ __forceinline__ float raise_to(float top) {
+    const float raised = fmaxf(m, top);
+    const float factor = ptx::exp2(m - raised);
+    m = raised;
+    d1 *= factor;
+    d2 *= factor;
+    return factor;
+  }
+
+  // Of a tile that every row of the warp sees whole, once m and c are set: s becomes p, t becomes
+  // w, by whatever m is; returns this thread's parts of their sums. If fits() says so, add() them;
+  // if not, m was too small, and the tile must be weighed again from its logits and probes, raised
+  // to their maximum.
+  struct Sums {
+    float p;
+    float w;
+  };
+  __device__ __forceinline__ Sums weigh(Scores& s, float scale_log2) const {
+    const float p = exponentials(s, scale_log2, m);
+    return {p, weighted_probes(s)};
+  }
+  static __device__ __forceinline__ bool fits(const Sums& sums) {
+    return __all_sync(0xffffffffu, sums.p <= kRoom);
+  }
+  __device__ __forceinline__ void add(const Sums& sums) {
+    d1 += sums.p;
+    d2 += sums.w;
   }
 
   // s becomes p; d1.
@@ -60,18 +87,7 @@ struct PackedRow {
   }
 
   // t becomes w = p (t - c); d2.
-  __device__ __forceinline__ void weigh_probes(Scores& s) {
-    float even = 0.0f;
-    float odd = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; ++i) {
-      s[4 * i + 2] = s[4 * i] * (s[4 * i + 2] - c);
-      s[4 * i + 3] = s[4 * i + 1] * (s[4 * i + 3] - c);
-      even += s[4 * i + 2];
-      odd += s[4 * i + 3];
-    }
-    d2 += even + odd;
-  }
+  __device__ __forceinline__ void weigh_probes(Scores& s) { d2 += weighted_probes(s); }
 
   // All of it, of any tile: hides what the row does not see (visible counts from the tile's first
   // key), and moves the centre of a row that has met few keys to their mean.
@@ -182,7 +198,32 @@ struct PackedRow {
     return finalize(row, c);
   }
 
+  static __device__ __forceinline__ float tile_max(const Scores& s) {
+    float even = s[0];
+    float odd = s[1];
+#pragma unroll
+    for (int i = 1; i < kKeys / 8; ++i) {
+      even = fmaxf(even, s[4 * i]);
+      odd = fmaxf(odd, s[4 * i + 1]);
+    }
+    return quad_max(fmaxf(even, odd));
+  }
+
  private:
+  // t becomes w; returns this thread's part of their sum.
+  __device__ __forceinline__ float weighted_probes(Scores& s) const {
+    float even = 0.0f;
+    float odd = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      s[4 * i + 2] = s[4 * i] * (s[4 * i + 2] - c);
+      s[4 * i + 3] = s[4 * i + 1] * (s[4 * i + 3] - c);
+      even += s[4 * i + 2];
+      odd += s[4 * i + 3];
+    }
+    return even + odd;
+  }
+
   static __device__ __forceinline__ void hide(Scores& s, Range visible) {
     using Word = std::conditional_t<(kWidth > 32), std::uint64_t, std::uint32_t>;
     const Word mask =
@@ -195,17 +236,6 @@ struct PackedRow {
       logit = seen ? logit : -INFINITY;
       probe = seen ? probe : 0.0f;
     }
-  }
-
-  static __device__ __forceinline__ float tile_max(const Scores& s) {
-    float even = s[0];
-    float odd = s[1];
-#pragma unroll
-    for (int i = 1; i < kKeys / 8; ++i) {
-      even = fmaxf(even, s[4 * i]);
-      odd = fmaxf(odd, s[4 * i + 1]);
-    }
-    return quad_max(fmaxf(even, odd));
   }
 
   // p from the logits; returns this thread's part of their sum.

@@ -39,6 +39,13 @@ __device__ __forceinline__ void settle(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
+// What the sums held is not needed any more: the next product starts from zero.
+template <int kCount>
+__device__ __forceinline__ void forget(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "=f"(sums[i]));
+}
+
 // Low word of a descriptor: the shared address and the leading offset in units of 16 bytes. The
 // high word, 128-byte swizzle and 1 KiB from one 8-row atom to the next, is always the same.
 __device__ __forceinline__ std::uint32_t descriptor(std::uint32_t address,

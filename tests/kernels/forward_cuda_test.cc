@@ -94,6 +94,23 @@ TEST_P(ForwardCuda, LongRowsStayWithinTheError) {
   }
 }
 
+// Keys are met from the last to the first, and on the way logits grow by far more than p can.
+TEST_P(ForwardCuda, EarlyKeysMayOutgrowTheLaterOnes) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {64, 128, 256}) {
+      for (bool causal : {true, false}) {
+        AttentionProblem problem = problem_of(dtype, 1, 700, 700, 2, 1, head_dim);
+        problem.causal = causal;
+        Case c = case_of(problem);
+        const auto early = static_cast<std::ptrdiff_t>(256 * head_dim);
+        std::for_each(c.inputs.k.begin(), c.inputs.k.begin() + early, [](double& x) { x *= 32; });
+        std::for_each(c.inputs.r.begin(), c.inputs.r.end(), [](double& x) { x /= 512; });
+        expect_close(c, forward(c), exact_on_cpu(c));
+      }
+    }
+  }
+}
+
 TEST_P(ForwardCuda, PackedSequencesOfAllLengths) {
   std::vector<std::int32_t> q_lens;
   std::vector<std::int32_t> kv_lens;

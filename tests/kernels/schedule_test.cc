@@ -37,9 +37,9 @@ TEST(Schedule, LongTilesComeFirstWithinASection) {
 
 TEST(Schedule, ASectionHoldsWholeGroups) {
   const int keys = section_keys(128);
-  EXPECT_EQ(keys, 65536);
-  EXPECT_EQ(section_pairs(keys, 8192, 1, 32), 8);
-  EXPECT_EQ(section_pairs(keys, 8192, 4, 64), 32);
+  EXPECT_EQ(keys, 32768);
+  EXPECT_EQ(section_pairs(keys, 8192, 1, 32), 4);
+  EXPECT_EQ(section_pairs(keys, 8192, 4, 64), 16);
   EXPECT_EQ(section_pairs(keys, 8192, 4, 16), 16);
   EXPECT_EQ(section_pairs(keys, 1 << 20, 3, 6), 3);
   EXPECT_EQ(section_pairs(keys, 0, 1, 6), 6);
