@@ -162,6 +162,7 @@ namespace cuda {
 
 Status plan_backward(const AttentionProblem& problem, const Device& device, BackwardPlan* plan) {
   if (Status s = check_kernels("backward", problem, device); !s.ok()) return s;
+  if (problem.scale < 0) return Status::unsupported("scale: the CUDA backward takes scale >= 0");
   if (problem.head_dim > 128) {
     return Status::unsupported("head_dim: the CUDA backward takes at most 128, got " +
                                std::to_string(problem.head_dim));

@@ -53,7 +53,7 @@ struct ForwardParams {
   View v_bar;
   float* lse = nullptr;
   float* t_bar = nullptr;
-  float scale_log2 = 0;  // scale * log2(e), positive
+  float scale_log2 = 0;  // scale * log2(e)
   int num_heads = 0;     // of queries
   int group = 1;         // of them to a key/value head
   // Batched: what place_tile() needs, and how many tickets there are.

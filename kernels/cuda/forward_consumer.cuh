@@ -295,7 +295,7 @@ struct ForwardConsumer {
   __device__ __forceinline__ void outgrown_step() {
     repeat_keys(used % kTile.stages);
     release(&shared.k_empty[used % kTile.stages]);
-    scale_sums(o, row.raise_to(row.tile_max(s) * params.scale_log2));
+    scale_sums(o, row.raise_to(row.tile_max(s, params.scale_log2)));
     row.add(row.weigh(s, params.scale_log2));
     round_weights();
   }

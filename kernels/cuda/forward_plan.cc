@@ -214,8 +214,7 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, St
   params.v_bar = args.v_bar;
   params.lse = static_cast<float*>(args.lse);
   params.t_bar = static_cast<float*>(args.t_bar);
-  // Positive, so that a hidden logit of -inf stays -inf.
-  params.scale_log2 = std::max(static_cast<float>(problem.scale * M_LOG2E), 1e-37f);
+  params.scale_log2 = static_cast<float>(problem.scale * M_LOG2E);
   params.num_heads = static_cast<int>(problem.num_q_heads);
   params.group = static_cast<int>(problem.num_q_heads / problem.num_kv_heads);
   params.section_keys = section_keys(static_cast<int>(problem.head_dim));

@@ -104,7 +104,6 @@ Status check_kernels(const char* pass, const AttentionProblem& problem, const De
   if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
     return Status::unsupported("dtype: CUDA kernels take bf16 and fp16");
   }
-  if (problem.scale < 0) return Status::unsupported("scale: CUDA kernels take scale >= 0");
   return {};
 }
 

@@ -45,7 +45,7 @@ struct PackedRow {
   // weigh_probes(), in this order. m is raised lazily: by the warp, if some row has outgrown it by
   // kSlack. Returns whether o must be scaled by *factor.
   __device__ __forceinline__ bool raise(const Scores& s, float scale_log2, float* factor) {
-    const float top = tile_max(s) * scale_log2;
+    const float top = tile_max(s, scale_log2);
     const bool grown = __any_sync(0xffffffffu, top > m + kSlack);
     if (grown) *factor = raise_to(top);
     return grown;
@@ -92,15 +92,15 @@ struct PackedRow {
   // All of it, of any tile: hides what the row does not see (visible counts from the tile's first
   // key), and moves the centre of a row that has met few keys to their mean.
   __device__ __forceinline__ Change add_edge(Scores& s, float scale_log2, Range visible) {
-    hide(s, visible);
-    const float top = tile_max(s);
-    const float raised = top == -INFINITY ? m : fmaxf(m, top * scale_log2);
+    scale_and_hide(s, scale_log2, visible);
+    const float top = tile_max(s, 1.0f);
+    const float raised = fmaxf(m, top);
     Change change;
     change.factor = m == -INFINITY ? 1.0f : ptx::exp2(m - raised);
     m = raised;
     d1 *= change.factor;
     d2 *= change.factor;
-    const float sum = exponentials(s, scale_log2, m == -INFINITY ? 0.0f : m);
+    const float sum = exponentials(s, 1.0f, m == -INFINITY ? 0.0f : m);
     float even = 0.0f;
     float odd = 0.0f;
 #pragma unroll
@@ -132,6 +132,11 @@ struct PackedRow {
 #pragma unroll
     for (int block = 0; block < kKeys; block += kBlock) {
       if (block >= reach) continue;
+#pragma unroll
+      for (int i = block / 2; i < (block + kBlock) / 2; i += 4) {
+        s[i] *= scale_log2;
+        s[i + 1] *= scale_log2;
+      }
       if (block < whole_begin || block + kBlock > whole_end) {
 #pragma unroll
         for (int n = block; n < block + kBlock; n += 8) {
@@ -150,7 +155,7 @@ struct PackedRow {
         part[1] = fmaxf(part[1], s[i + 1]);
       }
     }
-    m = quad_max(fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3]))) * scale_log2;
+    m = quad_max(fmaxf(fmaxf(top[0], top[1]), fmaxf(top[2], top[3])));
     const float shift = m == -INFINITY ? 0.0f : m;
     float sum[2] = {0.0f, 0.0f};
     float probes[2] = {0.0f, 0.0f};
@@ -161,7 +166,7 @@ struct PackedRow {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           if (block < reach) {
-            s[i + e] = ptx::exp2(fmaf(s[i + e], scale_log2, -shift));
+            s[i + e] = ptx::exp2(s[i + e] - shift);
             sum[e] += s[i + e];
             probes[e] = fmaf(s[i + e], s[i + 2 + e], probes[e]);
           } else {
@@ -198,13 +203,14 @@ struct PackedRow {
     return finalize(row, c);
   }
 
-  static __device__ __forceinline__ float tile_max(const Scores& s) {
-    float even = s[0];
-    float odd = s[1];
+  // The row's largest scaled logit, in units of log2.
+  static __device__ __forceinline__ float tile_max(const Scores& s, float scale_log2) {
+    float even = -INFINITY;
+    float odd = -INFINITY;
 #pragma unroll
-    for (int i = 1; i < kKeys / 8; ++i) {
-      even = fmaxf(even, s[4 * i]);
-      odd = fmaxf(odd, s[4 * i + 1]);
+    for (int i = 0; i < kKeys / 8; ++i) {
+      even = fmaxf(even, s[4 * i] * scale_log2);
+      odd = fmaxf(odd, s[4 * i + 1] * scale_log2);
     }
     return quad_max(fmaxf(even, odd));
   }
@@ -224,7 +230,8 @@ struct PackedRow {
     return even + odd;
   }
 
-  static __device__ __forceinline__ void hide(Scores& s, Range visible) {
+  static __device__ __forceinline__ void scale_and_hide(Scores& s, float scale_log2,
+                                                        Range visible) {
     using Word = std::conditional_t<(kWidth > 32), std::uint64_t, std::uint32_t>;
     const Word mask =
         visible_columns<Word>(visible.begin, visible.end, ptx::thread_index() & 3, kWidth);
@@ -233,7 +240,7 @@ struct PackedRow {
       float& logit = s[4 * (i >> 1) + (i & 1)];
       float& probe = s[4 * (i >> 1) + (i & 1) + 2];
       const bool seen = (mask >> i) & 1;
-      logit = seen ? logit : -INFINITY;
+      logit = seen ? logit * scale_log2 : -INFINITY;
       probe = seen ? probe : 0.0f;
     }
   }

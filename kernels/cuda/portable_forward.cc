@@ -78,7 +78,7 @@ Status run_portable_forward(const ForwardPlan& plan, const ForwardArgs& args, cu
   params.lse = static_cast<float*>(args.lse);
   params.t_bar = static_cast<float*>(args.t_bar);
   // Positive, so that a hidden logit of -inf stays -inf.
-  params.scale_log2 = std::max(static_cast<float>(problem.scale * M_LOG2E), 1e-37f);
+  params.scale_log2 = static_cast<float>(problem.scale * M_LOG2E);
   params.group = static_cast<int>(problem.num_q_heads / problem.num_kv_heads);
   params.grid = grid_of(problem);
   const DeviceScope scope(plan.device.index);

@@ -39,7 +39,7 @@ struct PortableForwardParams {
   View v_bar;
   float* lse = nullptr;
   float* t_bar = nullptr;
-  float scale_log2 = 0;  // scale * log2(e), positive
+  float scale_log2 = 0;  // scale * log2(e)
   int group = 1;         // query heads to a key/value head
   TileGrid grid;
 };

@@ -111,6 +111,20 @@ TEST_P(ForwardCuda, EarlyKeysMayOutgrowTheLaterOnes) {
   }
 }
 
+TEST_P(ForwardCuda, AnyScaleIsTaken) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {40, 64, 128, 256}) {
+      for (double scale : {-0.1, 0.0, 0.1}) {
+        AttentionProblem problem = problem_of(dtype, 2, 300, 420, 4, 2, head_dim);
+        problem.scale = scale;
+        problem.window = 200;
+        const Case c = case_of(problem);
+        expect_close(c, forward(c), exact_on_cpu(c));
+      }
+    }
+  }
+}
+
 TEST_P(ForwardCuda, PackedSequencesOfAllLengths) {
   std::vector<std::int32_t> q_lens;
   std::vector<std::int32_t> kv_lens;
