@@ -86,7 +86,7 @@ check_from_python() {
 
 print_tables() {
   local bench
-  for bench in attention attention_backward decode; do
+  for bench in attention attention_backward decode few_rows; do
     attempt 180 "$python" bench/bench_$bench.py --lib "Parallax=$build/libparallax_bench.so"
   done
   attempt 60 "$python" bench/bench_append.py

@@ -2,19 +2,21 @@
 // append_kv() on CUDA: new keys and values into a contiguous or paged cache, as they are or in FP8,
 // and the norm and rotation of q, r and k before it. Memory is the bound.
 //
-// One block takes a token; a group of lanes, a power of two within a warp, takes one of its heads,
-// eight elements a lane. Where the head is rotated, a lane holds both halves of four pairs, else
-// eight neighbours: the rotation stays in a lane and the norm's sum in a warp. Products are not
-// contracted (-fmad=false), so that the CPU's append.cc, which sums in the same order, writes the
-// same bits. What does not depend on positions is read before what does. A few tokens are bound by
-// latency: their blocks have a thread for every lane that they need. Many are bound by memory:
-// small blocks, as many as an SM holds.
+// A block takes a token or some of its heads; a group of lanes, a power of two within a warp, takes
+// one of its heads, eight elements a lane. Where the head is rotated, a lane holds both halves of
+// four pairs, else eight neighbours: the rotation stays in a lane and the norm's sum in a warp.
+// Products are not contracted (-fmad=false), so that the CPU's append.cc, which sums in the same
+// order, writes the same bits. What does not depend on positions is read before what does. A few
+// tokens are bound by latency: blocks of theirs are small, so that they find room beside other
+// kernels, as many as give each lane a thread, and while the stream's last kernel ends they ask for
+// what they will need of memory. Many are bound by memory: as many blocks as an SM holds.
 #include <cuda_fp8.h>
 
 #include <algorithm>
 #include <cmath>
 
 #include "cpu/checks.h"
+#include "cuda/early_launch.cuh"
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "parallax/paged_kv.h"
@@ -22,7 +24,7 @@
 namespace parallax {
 namespace {
 
-constexpr int kFewTokensThreads = 1024, kManyTokensThreads = 256;
+constexpr int kFewTokensThreads = 128, kManyTokensThreads = 256;
 constexpr int kLaneElements = 8;
 
 // One of k, v, q and r: where its rows come from and go to, and what happens to them on the way.
@@ -49,6 +51,7 @@ struct AppendParams {
   int head_dim;
   int num_heads;  // of all rows
   int lanes;      // of a group
+  int blocks;     // of a token
 };
 
 // The token of a block: number i of sequence b.
@@ -207,16 +210,49 @@ __device__ void move_head(const AppendParams& params, const Rows& rows, const To
   }
 }
 
+__device__ void prefetch(const void* address) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
+// Asks for gains, angles and pages; a thread for each 128 bytes of a head's floats. Before the
+// stream's last kernel has ended, positions may be about to change: nothing but speed hangs on them
+// here.
+__device__ void prefetch_tables(const AppendParams& params) {
+  const auto token = blockIdx.x / static_cast<unsigned>(params.blocks * params.q_len);
+  const int half = params.head_dim / 2;
+  const int line = static_cast<int>(threadIdx.x) * 32;
+  const auto floats = [line](const float* from, std::int64_t count) {
+    if (from != nullptr && line < count) prefetch(from + line);
+  };
+  for (const Rows& rows : params.rows) floats(rows.head.gain, params.head_dim);
+  const std::int64_t place = __ldcg(params.positions + token);
+  const std::int64_t angle = params.angles ? __ldcg(params.angles + token) : place;
+  if (params.cos != nullptr && angle >= 0 && angle < params.num_angles) {
+    floats(params.cos + angle * half, half);
+    floats(params.sin + angle * half, half);
+  }
+  if (params.pages.table != nullptr && place >= 0 && place < params.capacity) {
+    const int page_shift = __ffsll(params.pages.page_size) - 1;
+    prefetch(params.pages.table + token * params.pages.max_pages + (place >> page_shift));
+  }
+}
+
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 : 1)
+__global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 : 8)
     append_kernel(const __grid_constant__ AppendParams params) {
+  start_next_kernel();
+  if (kThreads == kFewTokensThreads && threadIdx.x < 8) prefetch_tables(params);
+  wait_for_last_kernel();
   Token token;
-  token.b = blockIdx.x / static_cast<unsigned>(params.q_len);
-  token.i = blockIdx.x % static_cast<unsigned>(params.q_len);
+  const unsigned blocks = kThreads == kFewTokensThreads ? params.blocks : 1;
+  const unsigned n = blockIdx.x / blocks;
+  token.b = n / static_cast<unsigned>(params.q_len);
+  token.i = n % static_cast<unsigned>(params.q_len);
   const int lane = threadIdx.x & (params.lanes - 1);
   const unsigned group = (0xffffffffu >> (32 - params.lanes)) << ((threadIdx.x & 31) - lane);
-  for (int slot = threadIdx.x / params.lanes; slot < params.num_heads;
-       slot += blockDim.x / params.lanes) {
+  const int first = blockIdx.x % blocks * blockDim.x + threadIdx.x;
+  for (int slot = first / params.lanes; slot < params.num_heads;
+       slot += blocks * blockDim.x / params.lanes) {
     int h = slot;
     const Rows* rows = params.rows;
     for (; h >= rows->num_heads; ++rows) h -= rows->num_heads;
@@ -286,6 +322,7 @@ AppendParams params_of(const AttentionProblem& problem, const AppendArgs& args) 
       static_cast<int>(problem.head_dim),
       0,
       1,
+      1,
   };
   for (Rows& rows : params.rows) {
     if (rows.from.data == nullptr) rows.num_heads = 0;
@@ -296,12 +333,18 @@ AppendParams params_of(const AttentionProblem& problem, const AppendArgs& args) 
 }
 
 template <int kThreads>
-void launch(DType dtype, const AppendParams& params, unsigned tokens, cudaStream_t stream) {
+Status launch(DType dtype, AppendParams params, int tokens, const Device& device,
+              cudaStream_t stream) {
   const std::int64_t wanted = (std::int64_t{params.num_heads} * params.lanes + 31) / 32 * 32;
-  const auto threads = static_cast<unsigned>(std::min<std::int64_t>(wanted, kThreads));
+  const auto threads = static_cast<int>(std::min<std::int64_t>(wanted, kThreads));
+  if (kThreads == kFewTokensThreads) {
+    params.blocks = static_cast<int>((wanted + threads - 1) / threads);
+  }
   const auto kernel =
       dtype == DType::kFloat16 ? append_kernel<fp16, kThreads> : append_kernel<bf16, kThreads>;
-  kernel<<<tokens, threads, 0, stream>>>(params);
+  return check_cuda(launch_kernel(device.compute_capability >= 90, kernel, tokens * params.blocks,
+                                  threads, 0, stream, params),
+                    "append_kv: launch");
 }
 
 }  // namespace
@@ -317,19 +360,16 @@ Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const 
   if (Status status = check_views(args); !status.ok()) return status;
   const std::int64_t tokens = shape.batch * shape.q_len;
   if (tokens == 0) return {};
-  if (tokens > 0x7fffffff || shape.num_q_heads > (1 << 28)) {
-    return Status::unsupported("append_kv: batch * q_len must stay below 2^31");
+  if (tokens > 0x7fffffff || shape.num_q_heads > (1 << 20)) {
+    return Status::unsupported("append_kv: batch * q_len must stay below 2^31, heads at most 2^20");
   }
   const AppendParams params = params_of(shape, args);
   const DeviceScope scope(device.index);
   if (!scope.status().ok()) return scope.status();
-  auto* cuda_stream = static_cast<cudaStream_t>(stream);
-  if (tokens <= 2 * device.num_sms) {
-    launch<kFewTokensThreads>(shape.dtype, params, static_cast<unsigned>(tokens), cuda_stream);
-  } else {
-    launch<kManyTokensThreads>(shape.dtype, params, static_cast<unsigned>(tokens), cuda_stream);
-  }
-  return check_cuda(cudaGetLastError(), "append_kv");
+  const auto run =
+      tokens <= 2 * device.num_sms ? launch<kFewTokensThreads> : launch<kManyTokensThreads>;
+  return run(shape.dtype, params, static_cast<int>(tokens), device,
+             static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace parallax

@@ -102,10 +102,12 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, decode_ctas_per_sm(kHeadDim
   extern __shared__ __align__(1024) std::uint8_t shared_memory[];
   auto& shared = *reinterpret_cast<DecodeShared<T, Cache, kHeadDim, kRowTiles>*>(shared_memory);
   cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
+  if (!params.settled) cudaGridDependencySynchronize();
   DecodeCta<T, Cache, kHeadDim, kRowTiles>{params, shared,
                                            static_cast<int>(blockIdx.x) / params.width}
       .run();
+  // Where there was nothing to read: what comes after this kernel comes after the last one too.
+  cudaGridDependencySynchronize();
 }
 
 template <class T, class Cache, int kHeadDim, int kRowTiles>

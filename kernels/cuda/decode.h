@@ -43,7 +43,8 @@ struct DecodeParams {
   int width = 1;
   int units = 1;
   int team = 1;
-  int ways = 1;  // kDecodeWarps / team
+  int ways = 1;          // kDecodeWarps / team
+  bool settled = false;  // as run_settled() has it
 };
 
 // Enqueues the kernel of one instance (instances.txt). Cache: T or e4m3.

@@ -170,6 +170,7 @@ struct DecodeKeys {
   }
 
   __device__ __forceinline__ void load_rows(const DecodeItem& item) {
+    if (params.settled) cudaGridDependencySynchronize();
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
       const bool exists = row_of(tile) < item.rows;
@@ -355,6 +356,11 @@ struct DecodeKeys {
     const int key = item.first_key + way * kKeys;
     next_page = page_of(item, key);
     load_rows(item);
+    // The newest keys may still be on their way to the cache.
+    const int first_loaded = key + (kStages - 2) * step + kKeys;
+    if (params.settled && first_loaded > item.keys.end - static_cast<int>(params.problem.q_len)) {
+      cudaGridDependencySynchronize();
+    }
     int to = 0;
     int from = 0;
     // kStages - 1 steps only load: one copy of the code, which starts out cold.

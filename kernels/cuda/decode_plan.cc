@@ -274,13 +274,17 @@ Status schedule(const DecodePlan& plan, const Sequences& sequences, void* schedu
                           static_cast<cudaStream_t>(stream));
 }
 
-Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stream stream) {
+namespace {
+
+Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stream stream,
+           bool settled) {
   if (plan.problem.batch == 0 || plan.problem.q_len == 0) return {};
   if (Status s = check_arguments(plan, args, workspace); !s.ok()) return s;
   const DeviceScope scope(plan.device.index);
   if (!scope.status().ok()) return scope.status();
   const Geometry geometry(plan.problem, plan.device);
   DecodeParams params = params_of(plan, geometry, args);
+  params.settled = settled && args.schedule != nullptr;  // one made here is not settled
   params.schedule = geometry.schedule(args.schedule != nullptr ? args.schedule : workspace);
   params.partials =
       reinterpret_cast<float*>(static_cast<char*>(workspace) + geometry.schedule_bytes());
@@ -296,6 +300,16 @@ Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stre
   }
   return is_bf16 ? launch<bf16, bf16>(geometry, params, cuda_stream)
                  : launch<fp16, fp16>(geometry, params, cuda_stream);
+}
+
+}  // namespace
+
+Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stream stream) {
+  return run(plan, args, workspace, stream, /*settled=*/false);
+}
+
+Status run_settled(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stream stream) {
+  return run(plan, args, workspace, stream, /*settled=*/true);
 }
 
 }  // namespace parallax
