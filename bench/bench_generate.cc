@@ -3,7 +3,8 @@
 // shape with random weights, a cache that is full of random keys and values up to a context, one
 // token more for each sequence; Parallax and its softmax twin.
 //   bench_generate --config configs/0.6b.toml --context 4096 --batch 1 64 [--device cuda] [--json
-//   F]
+//   F] [--trace F]
+#include <torch/csrc/autograd/profiler_kineto.h>
 #include <torch/torch.h>
 
 #include <CLI/CLI.hpp>
@@ -14,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -31,11 +33,13 @@ constexpr int kWarmUps = 3;
 struct Options {
   std::string config = "configs/0.6b.toml";
   std::vector<std::int64_t> batches = {1, 64};
+  std::vector<std::string> mixers = {"parallax", "softmax"};
   std::int64_t context = 4096;
   std::int64_t steps = 50;
   std::int64_t page_size = 64;
   std::string device = "auto";
   std::string json;
+  std::string trace;
 };
 
 void synchronize(at::Device device) {
@@ -143,6 +147,18 @@ class Subject {
   std::vector<std::int32_t> tokens_;
 };
 
+// Three steps on the GPU, kernel by kernel, for chrome://tracing.
+void write_trace(Subject& subject, const std::string& path) {
+  namespace profiler = torch::autograd::profiler;
+  const torch::profiler::impl::ProfilerConfig config(torch::profiler::impl::ProfilerState::KINETO);
+  const std::set activities{torch::profiler::impl::ActivityType::CPU,
+                            torch::profiler::impl::ActivityType::CUDA};
+  profiler::prepareProfiler(config, activities);
+  profiler::enableProfiler(config, activities);
+  for (int i = 0; i < 3; ++i) subject.timed_step(false);
+  profiler::disableProfiler()->save(path);
+}
+
 json measure(Subject& subject, const std::string& mixer, std::int64_t batch, double bandwidth,
              std::int64_t steps) {
   std::vector<double> graph, eager;
@@ -173,11 +189,12 @@ void run(const Options& options) {
   std::printf("%-9s %5s %10s %10s %10s %8s %12s\n", "mixer", "batch", "floor ms", "step ms",
               "eager ms", "", "tokens/s");
   json results = json::array();
-  for (const std::string mixer : {"parallax", "softmax"}) {
+  for (const std::string& mixer : options.mixers) {
     const auto model = make_model(config, mixer, options);
     for (const std::int64_t batch : options.batches) {
       Subject subject(*model, batch, options);
       results.push_back(measure(subject, mixer, batch, bandwidth, options.steps));
+      if (!options.trace.empty() && results.size() == 1) write_trace(subject, options.trace);
     }
   }
   if (options.json.empty()) return;
@@ -198,6 +215,8 @@ int main(int argc, char** argv) {
   CLI::App app{"A step of generation beside the memory traffic that bounds it"};
   app.add_option("--config", options.config, "Shape of the model")->capture_default_str();
   app.add_option("--batch", options.batches, "Sequences")->check(CLI::PositiveNumber);
+  app.add_option("--mixer", options.mixers, "parallax, softmax or both")
+      ->check(CLI::IsMember({"parallax", "softmax"}));
   app.add_option("--context", options.context, "Tokens that each has")
       ->check(CLI::Range(128, 1 << 20))
       ->capture_default_str();
@@ -208,6 +227,8 @@ int main(int argc, char** argv) {
       ->capture_default_str();
   app.add_option("--device", options.device, "auto, cpu, cuda or cuda:N")->capture_default_str();
   app.add_option("--json", options.json, "Write the figures to this file too");
+  app.add_option("--trace", options.trace,
+                 "Write three steps of the first row, for chrome://tracing");
   CLI11_PARSE(app, argc, argv);
   try {
     parallax::bench::run(options);

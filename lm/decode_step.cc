@@ -94,10 +94,7 @@ std::int64_t DecodeStep::rows_for(std::int64_t count, at::Device device) {
   return static_cast<std::int64_t>(std::bit_ceil(static_cast<std::uint64_t>(count)));
 }
 
-DecodeStep::DecodeStep(CausalLm& model, KvCache& cache)
-    : model_(model),
-      cache_(cache),
-      tokens_(at::zeros({cache.batch(), 1}, at::TensorOptions(at::kLong).device(model.device()))) {
+DecodeStep::DecodeStep(CausalLm& model, KvCache& cache) : model_(model), cache_(cache) {
 #ifdef PARALLAX_TORCH_CUDA
   if (model.device().is_cuda()) graphs_ = std::make_unique<Graphs>();
 #endif
@@ -128,15 +125,12 @@ at::Tensor DecodeStep::run_eager(const std::vector<std::int32_t>& tokens) {
 }
 
 std::int64_t DecodeStep::begin(const std::vector<std::int32_t>& tokens) {
-  const auto count = static_cast<std::int64_t>(tokens.size());
-  cache_.append({0, count}, 1);
-  const at::Tensor host = at::tensor(tokens, at::kLong).unsqueeze(1);
-  tokens_.narrow(0, 0, count).copy_(host, /*non_blocking=*/true);
-  return rows_for(count, model_.device());
+  cache_.append(0, tokens);
+  return rows_for(static_cast<std::int64_t>(tokens.size()), model_.device());
 }
 
 at::Tensor DecodeStep::forward(RowRange rows) {
-  return model_.decode(tokens_.narrow(0, rows.first, rows.count), cache_, rows);
+  return model_.decode(cache_.newest(rows), cache_, rows);
 }
 
 }  // namespace parallax::lm

@@ -37,13 +37,12 @@ class DecodeStep {
  private:
   struct Graphs;
 
-  // Counts and hands over the new tokens. -> how many rows the step takes.
+  // Counts the new tokens, for the device too. -> how many rows the step takes.
   std::int64_t begin(const std::vector<std::int32_t>& tokens);
   at::Tensor forward(RowRange rows);
 
   CausalLm& model_;
   KvCache& cache_;
-  at::Tensor tokens_;  // int64 [batch, 1] on the device, its address stays
   std::unique_ptr<Graphs> graphs_;
 };
 

@@ -83,6 +83,14 @@ void KvCache::append(RowRange rows, std::int64_t new_tokens) {
   upload(pages_changed);
 }
 
+void KvCache::append(std::int64_t first_row, const std::vector<std::int32_t>& tokens) {
+  const RowRange rows{first_row, static_cast<std::int64_t>(tokens.size())};
+  check_room(rows, 1);
+  auto* newest = host_tables_.mutable_data_ptr<std::int32_t>() + 3 * shape_.batch + 1;
+  std::copy(tokens.begin(), tokens.end(), newest + first_row);
+  append(rows, 1);
+}
+
 void KvCache::fork(std::int64_t from, std::int64_t to) {
   check_row(from);
   fork(from, to, lens_[from]);
@@ -143,6 +151,10 @@ at::Tensor KvCache::kv_lens(RowRange rows) const {
 at::Tensor KvCache::page_table(RowRange rows) const {
   return tables_.narrow(0, table_begin() + rows.first * max_pages_, rows.count * max_pages_)
       .view({rows.count, max_pages_});
+}
+
+at::Tensor KvCache::newest(RowRange rows) const {
+  return tables_.narrow(0, 3 * shape_.batch + 1 + rows.first, rows.count).unsqueeze(1);
 }
 
 at::Tensor KvCache::origins(RowRange rows) const {

@@ -49,6 +49,9 @@ class KvCache {
   // Counts new_tokens more in each of the rows; a mixer then writes their keys and values. Reserves
   // what is not reserved yet; throws as reserve does, for all rows or none.
   void append(RowRange rows, std::int64_t new_tokens);
+  // The same for one token in each row from `first_row` on, tokens[i] in row first_row + i, which
+  // newest() then tells the device.
+  void append(std::int64_t first_row, const std::vector<std::int32_t>& tokens);
 
   // Lets the idle row `to` hold what `from` holds, or the first len tokens of it, in the same
   // pages. Whoever appends first to a page that is shared copies it.
@@ -76,6 +79,8 @@ class KvCache {
   at::Tensor positions(RowRange rows) const;
   at::Tensor kv_lens(RowRange rows) const;
   at::Tensor page_table(RowRange rows) const;  // int32 [count, max_pages]
+  // The token that append() was last told for each row, int32 [count, 1]; 0 at first.
+  at::Tensor newest(RowRange rows) const;
   // Where each row's first page begins among the tokens of all pages, and one entry more: int32
   // [count + 1]. For kernels that read rows in one piece.
   at::Tensor origins(RowRange rows) const;
@@ -93,7 +98,7 @@ class KvCache {
   at::Tensor row_of(const at::Tensor& pages, std::int64_t row) const;
 
  private:
-  std::int64_t table_begin() const { return 3 * shape_.batch + 1; }
+  std::int64_t table_begin() const { return 4 * shape_.batch + 1; }
   std::int64_t pages_for(std::int64_t tokens) const;
   bool writes_shared_page(std::int64_t row) const;
   void check_row(std::int64_t row) const;
@@ -111,8 +116,8 @@ class KvCache {
   std::vector<std::int64_t> lens_;                // of each row
   std::vector<std::int32_t> references_;          // to each page
   std::set<std::int32_t> free_;                   // the lowest is taken first
-  // int32: positions [batch], kv_lens [batch], origins [batch + 1], page_table [batch, max_pages].
-  // On a CPU the two are one.
+  // int32: positions [batch], kv_lens [batch], origins [batch + 1], newest [batch], page_table
+  // [batch, max_pages]. On a CPU the two are one.
   at::Tensor host_tables_, tables_;
   at::Tensor storage_;  // [num_layers, 2, pages, page_size, num_kv_heads, head_dim]
   std::vector<at::Tensor> k_, v_;

@@ -6,6 +6,7 @@
 #include <functional>
 
 #include "lm/layers_cpu.h"
+#include "ops/step.h"
 
 namespace parallax::lm {
 
@@ -120,8 +121,46 @@ at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights) 
   return at::linear(x, w.to(x.scalar_type()));
 }
 
-at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w) {
+at::Tensor few_rows_weight(const at::Tensor& x, const std::vector<at::Tensor>& weights) {
+  if (!x.is_cuda() || !lie_together(weights)) return {};
+  const at::Tensor w = joined(weights);
+  if (!ops::takes_few_rows(x, w)) return {};
+  return w;
+}
+
+namespace {
+
+ops::InputNorm input_norm(const at::Tensor& x, const Norm& norm) {
+  return {norm.gain.to(x.scalar_type()), norm.eps};
+}
+
+}  // namespace
+
+at::Tensor project_normed(const at::Tensor& x, const Norm& norm,
+                          const std::vector<at::Tensor>& weights,
+                          std::optional<at::ScalarType> dtype) {
+  const at::ScalarType y_dtype = dtype.value_or(x.scalar_type());
+  if (const at::Tensor w = few_rows_weight(x, weights); w.defined()) {
+    return ops::few_rows_product(x, w, input_norm(x, norm), y_dtype);
+  }
+  return project(rms_norm(x, norm.gain, norm.eps), weights).to(y_dtype);
+}
+
+at::Tensor swiglu_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& gate,
+                         const at::Tensor& up, const at::Tensor& next) {
+  if (const at::Tensor w = few_rows_weight(x, {gate, up}); w.defined()) {
+    return ops::few_rows_swiglu(x, w, input_norm(x, norm), next);
+  }
+  return swiglu(project(rms_norm(x, norm.gain, norm.eps), {gate, up}));
+}
+
+at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w,
+                        const at::Tensor& next) {
   if (!x.is_cuda()) return residual + project(x, {w});
+  if (few_rows_weight(x, {w}).defined()) {
+    ops::few_rows_add(residual, x, w, next);
+    return residual;
+  }
   residual.flatten(0, -2).addmm_(x.flatten(0, -2), w.to(x.scalar_type()).t());
   return residual;
 }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -41,8 +42,31 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& gain, double eps);
 // lie one after another (join_weights) are read in place, others are copied together first.
 at::Tensor project(const at::Tensor& x, const std::vector<at::Tensor>& weights);
 
-// residual + project(x, {w}), without gradients; on a GPU in one product, in residual's place.
-at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w);
+// rms_norm with these.
+struct Norm {
+  at::Tensor gain;
+  double eps;
+};
+
+// What a step of generation is made of, without gradients. On a GPU, for a few rows and weights as
+// join_weights leaves them, each is one kernel (ops/step.h), which may ask memory for `next`,
+// the weights that are read after it (undefined: none).
+
+// The weights in one where these kernels take them with x, else undefined.
+at::Tensor few_rows_weight(const at::Tensor& x, const std::vector<at::Tensor>& weights);
+
+// project(rms_norm(x), weights), in x's dtype or `dtype`.
+at::Tensor project_normed(const at::Tensor& x, const Norm& norm,
+                          const std::vector<at::Tensor>& weights,
+                          std::optional<at::ScalarType> dtype = {});
+
+// swiglu(project(rms_norm(x), {gate, up})).
+at::Tensor swiglu_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& gate,
+                         const at::Tensor& up, const at::Tensor& next = {});
+
+// residual + project(x, {w}); on a GPU in residual's place.
+at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w,
+                        const at::Tensor& next = {});
 
 // Lets these weights [out_i, in] lie one after another in memory of `dtype`, without gradients.
 void join_weights(const std::vector<std::shared_ptr<Weight>>& weights, at::ScalarType dtype);

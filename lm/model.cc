@@ -24,16 +24,22 @@ class FeedForward : public torch::nn::Module {
     join_weights({down_proj_}, dtype);
   }
 
-  at::Tensor forward(const at::Tensor& x) { return project(inner(x), {down_proj_->weight}); }
-  at::Tensor forward_onto(const at::Tensor& residual, const at::Tensor& x) {
-    return project_onto(residual, inner(x), down_proj_->weight);
+  at::Tensor forward(const at::Tensor& x) {
+    return project(swiglu(project(x, {gate_proj_->weight, up_proj_->weight})),
+                   {down_proj_->weight});
+  }
+  // residual, whose memory may serve, plus the same of the normed residual. `next`: as
+  // project_onto.
+  at::Tensor forward_cached(const at::Tensor& residual, const Norm& norm, const at::Tensor& next) {
+    const at::Tensor inner =
+        swiglu_normed(residual, norm, gate_proj_->weight, up_proj_->weight, down_proj_->weight);
+    return project_onto(residual, inner, down_proj_->weight, next);
+  }
+  at::Tensor first_weights(const at::Tensor& residual) const {
+    return few_rows_weight(residual, {gate_proj_->weight, up_proj_->weight});
   }
 
  private:
-  at::Tensor inner(const at::Tensor& x) const {
-    return swiglu(project(x, {gate_proj_->weight, up_proj_->weight}));
-  }
-
   std::shared_ptr<Weight> gate_proj_, up_proj_, down_proj_;
 };
 
@@ -50,9 +56,16 @@ class DecoderLayer : public torch::nn::Module {
   at::Tensor forward(const at::Tensor& x, const Rope& rope) {
     return feed_forward(x + mixer_->forward(mixer_input(x), rope));
   }
-  at::Tensor forward_cached(const at::Tensor& x, CachedForward& call, std::int64_t layer) {
-    const at::Tensor y = mixer_->forward_cached(mixer_input(x), x, call, layer);
-    return ffn_->forward_onto(y, rms_norm(y, ffn_norm_->weight, eps_));
+  void begin_cached(CachedForward& call, std::int64_t len) const {
+    mixer_->begin_cached(call, len);
+  }
+  // `after`: the next layer, if there is one.
+  at::Tensor forward_cached(const at::Tensor& x, CachedForward& call, std::int64_t layer,
+                            const DecoderLayer* after) {
+    call.next = ffn_->first_weights(x);
+    const at::Tensor y = mixer_->forward_cached(x, {input_norm_->weight, eps_}, call, layer);
+    const at::Tensor next = after ? after->mixer_->first_weights(x) : at::Tensor();
+    return ffn_->forward_cached(y, {ffn_norm_->weight, eps_}, next);
   }
   void prepare_for_inference(at::ScalarType dtype) {
     for (const auto& norm : {input_norm_, ffn_norm_}) join_weights({norm}, dtype);
@@ -192,16 +205,20 @@ at::Tensor CausalLm::forward_cached(const at::Tensor& tokens, KvCache& cache,
 
 at::Tensor CausalLm::decode(const at::Tensor& tokens, KvCache& cache, RowRange rows) {
   const at::NoGradGuard no_grad;
-  CachedForward call{cache, rows, {}, {}};
+  CachedForward call{cache, rows, {}, {}, {}};
   if (tokens.size(1) >= kPrefillLen) {
     const at::Tensor steps = at::arange(tokens.size(1), tokens.options().dtype(at::kInt));
     call.rope = rope(cache.positions(rows).unsqueeze(1) + steps);  // [count, len]
   }
+  if (!layers_.empty()) layers_.front()->begin_cached(call, tokens.size(1));
   at::Tensor x = embed(tokens);
   for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
-    x = layers_[layer]->forward_cached(x, call, static_cast<std::int64_t>(layer));
+    const DecoderLayer* after = layer + 1 < layers_.size() ? layers_[layer + 1].get() : nullptr;
+    x = layers_[layer]->forward_cached(x, call, static_cast<std::int64_t>(layer), after);
   }
-  return logits(final_norm(x.select(1, -1)));
+  const at::ScalarType dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return project_normed(x.select(1, -1), {norm_->weight, config_.rms_norm_eps}, {head_weight()},
+                        dtype);
 }
 
 void CausalLm::prepare_for_inference() {

@@ -26,7 +26,7 @@ enum class Reduction { kMean, kNone };
 // model.layers.N.{input_layernorm, self_attn.{q,k,v,o}_proj, self_attn.{q,k}_norm,
 // post_attention_layernorm, mlp.{gate,up,down}_proj}.weight, model.norm.weight, lm_head.weight
 // where untied; Parallax adds self_attn.r_proj.weight and, with r_norm, self_attn.r_norm.weight.
-// All float32; linear weights are [out, in]. Token tensors are int64.
+// All float32; linear weights are [out, in]. Token tensors are int64 (decode() takes int32 too).
 class CausalLm : public torch::nn::Module {
  public:
   // Matrices from N(0, init_std), gains 1. Each tensor is drawn from a stream of its own, keyed by

@@ -12,6 +12,7 @@
 #include "ops/checks.h"
 #include "ops/device.h"
 #include "ops/options.h"
+#include "ops/step.h"
 #include "ops/views.h"
 
 namespace parallax::ops {
@@ -32,8 +33,9 @@ DecodePlan plan_decode(const char* op, const Tensor& q, const Tensor& k_cache,
 // The inputs of a decode, checked, and what its three forms do with them.
 class DecodeCall {
  public:
-  explicit DecodeCall(const DecodeInputs& in)
+  explicit DecodeCall(const DecodeInputs& in, bool settled = false)
       : in_(in),
+        settled_(settled),
         shape_(check_decode(kName, in.q, in.r, in.k_cache, in.v_cache, in.kv_lens, in.options)) {}
 
   static constexpr const char* kName = "decode";
@@ -83,10 +85,11 @@ class DecodeCall {
       // Runs count in it and leave it as it was.
       args->schedule = const_cast<void*>(in_.options.schedule->const_data_ptr());
     }
-    run_decode(kName, plan, *args);
+    run_decode(kName, plan, *args, settled_);
   }
 
   const DecodeInputs& in_;
+  bool settled_;
   CallShape shape_;
 };
 
@@ -287,6 +290,15 @@ void register_kernels(torch::Library& m) {
 }
 
 }  // namespace
+
+Tensor decode_settled(const Tensor& q, const Tensor& r, const Tensor& k_cache,
+                      const Tensor& v_cache, const Tensor& kv_lens, const DecodeOptions& options) {
+  const DecodeInputs in{q, r, k_cache, v_cache, kv_lens, options};
+  const DecodeCall call(in, /*settled=*/true);
+  const Tensor o = call.empty_vectors(q.scalar_type());
+  call.run_into(o, call.empty_rows(stats_options(q)), call.empty_rows(stats_options(q)));
+  return o;
+}
 
 TORCH_LIBRARY_IMPL(parallax, CPU, m) { register_kernels(m); }
 TORCH_LIBRARY_IMPL(parallax, CUDA, m) { register_kernels(m); }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 
 #if defined(PARALLAX_CUDA) && defined(PARALLAX_TORCH_CUDA)
 #define PARALLAX_OPS_CUDA
@@ -31,14 +32,19 @@ class Workspace {
   at::Tensor memory_;
 };
 
+// On a GPU as run_settled() where that is asked for.
 template <class Plan, class Args>
-void run_plan(const char* op, const Plan& plan, const Args& args) {
+void run_plan(const char* op, const Plan& plan, const Args& args,
+              [[maybe_unused]] bool settled = false) {
 #ifdef PARALLAX_OPS_CUDA
   if (plan.device.kind == Device::Kind::kCuda) {
     const at::Device device(at::kCUDA, static_cast<c10::DeviceIndex>(plan.device.index));
     const c10::cuda::CUDAGuard guard(device);
     const Workspace workspace(workspace_bytes(plan), device);
     const Stream stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+    if constexpr (std::is_same_v<Plan, DecodePlan>) {
+      if (settled) return check_status(op, run_settled(plan, args, workspace.data(), stream));
+    }
     return check_status(op, run(plan, args, workspace.data(), stream));
   }
 #endif
@@ -103,8 +109,8 @@ void run_backward(const char* op, const BackwardPlan& plan, const BackwardArgs& 
   run_plan(op, plan, args);
 }
 
-void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args) {
-  run_plan(op, plan, args);
+void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args, bool settled) {
+  run_plan(op, plan, args, settled);
 }
 
 void run_schedule(const char* op, const DecodePlan& plan, const Sequences& sequences,
@@ -136,6 +142,16 @@ void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem
   run_on_device(op, like, [&](const auto&... where) {
     return finalize_state(problem, state, o, lse, t_bar, where...);
   });
+}
+
+void run_few_rows(const char* op, const at::Tensor& like, const FewRowsProblem& problem,
+                  const FewRowsArgs& args) {
+#ifdef PARALLAX_OPS_CUDA
+  const Stream stream = c10::cuda::getCurrentCUDAStream(like.get_device()).stream();
+#else
+  const Stream stream = nullptr;
+#endif
+  check_status(op, few_rows(problem, args, device_of(op, like), stream));
 }
 
 }  // namespace parallax::ops

@@ -11,6 +11,7 @@
 
 #include "ops/checks.h"
 #include "parallax/attention.h"
+#include "parallax/step.h"
 
 namespace parallax::ops {
 
@@ -23,7 +24,7 @@ ParallelFor cpu_parallel_for();
 
 void run_forward(const char* op, const ForwardPlan& plan, const ForwardArgs& args);
 void run_backward(const char* op, const BackwardPlan& plan, const BackwardArgs& args);
-void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args);
+void run_decode(const char* op, const DecodePlan& plan, const DecodeArgs& args, bool settled);
 
 // REQUIRES: plan.device.kind == kCuda.
 void run_schedule(const char* op, const DecodePlan& plan, const Sequences& sequences,
@@ -36,5 +37,9 @@ void run_merge(const char* op, const at::Tensor& like, const AttentionProblem& p
                const std::vector<StateView>& states, const StateView& merged);
 void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem& problem,
                   const StateView& state, const View& o, float* lse, float* t_bar);
+
+// REQUIRES: `like` is on a GPU.
+void run_few_rows(const char* op, const at::Tensor& like, const FewRowsProblem& problem,
+                  const FewRowsArgs& args);
 
 }  // namespace parallax::ops

@@ -25,16 +25,18 @@ Attention::Attention(const ModelConfig& config) : config_(config) {
   }
 }
 
-AttentionInputs Attention::projections(const at::Tensor& x) const {
+std::vector<at::Tensor> Attention::input_weights() const {
+  std::vector<at::Tensor> weights{q_proj_->weight, k_proj_->weight, v_proj_->weight};
+  if (r_proj_) weights.insert(weights.begin() + 1, r_proj_->weight);
+  return weights;
+}
+
+AttentionInputs Attention::split(const at::Tensor& product) const {
   const std::int64_t q_size = config_.num_q_heads * config_.head_dim;
   const std::int64_t kv_size = config_.num_kv_heads * config_.head_dim;
-  std::vector<at::Tensor> weights{q_proj_->weight, k_proj_->weight, v_proj_->weight};
   std::vector<std::int64_t> sizes{q_size, kv_size, kv_size};
-  if (r_proj_) {
-    weights.insert(weights.begin() + 1, r_proj_->weight);
-    sizes.insert(sizes.begin() + 1, q_size);
-  }
-  std::vector<at::Tensor> parts = project(x, weights).split_with_sizes(sizes, -1);
+  if (r_proj_) sizes.insert(sizes.begin() + 1, q_size);
+  std::vector<at::Tensor> parts = product.split_with_sizes(sizes, -1);
   for (at::Tensor& part : parts) {
     part = part.unflatten(-1, {part.size(-1) / config_.head_dim, config_.head_dim});
   }
@@ -47,40 +49,44 @@ at::Tensor Attention::prepared(const at::Tensor& x, const Weight* norm, const Ro
   return rope ? rotate(y, *rope) : y;
 }
 
+AttentionInputs Attention::prepared(AttentionInputs raw, const Rope& rope) const {
+  raw.q = prepared(raw.q, q_norm_.get(), &rope);
+  if (r_proj_) raw.r = prepared(raw.r, r_norm_.get(), config_.r_rope ? &rope : nullptr);
+  raw.k = prepared(raw.k, k_norm_.get(), &rope);
+  return raw;
+}
+
 AttentionInputs Attention::attention_inputs(const at::Tensor& x, const Rope& rope) {
-  AttentionInputs inputs = projections(x);
-  inputs.q = prepared(inputs.q, q_norm_.get(), &rope);
-  if (r_proj_) inputs.r = prepared(inputs.r, r_norm_.get(), config_.r_rope ? &rope : nullptr);
-  inputs.k = prepared(inputs.k, k_norm_.get(), &rope);
-  return inputs;
+  return prepared(split(project(x, input_weights())), rope);
 }
 
 at::Tensor Attention::forward(const at::Tensor& x, const Rope& rope) {
   return project(attend(attention_inputs(x, rope)).flatten(-2), {o_proj_->weight});
 }
 
-at::Tensor Attention::forward_cached(const at::Tensor& x, const at::Tensor& residual,
+at::Tensor Attention::forward_cached(const at::Tensor& residual, const Norm& norm,
                                      CachedForward& call, std::int64_t layer) {
+  const std::int64_t len = residual.size(1);
+  const AttentionInputs raw = split(project_normed(residual, norm, input_weights()));
   at::Tensor o;
-  if (x.size(1) < kPrefillLen) {
-    const auto [q, r] = append(x, call, layer);
+  if (len < kPrefillLen) {
+    const auto [q, r] = append(raw, call, layer);
     o = attend_cached(q, r, call, layer);
   } else {
-    const AttentionInputs inputs = attention_inputs(x, call.rope);
+    const AttentionInputs inputs = prepared(raw, call.rope);
     KvCache& cache = call.cache;
     ops::append_kv(inputs.k, inputs.v, cache.k(layer), cache.v(layer), cache.positions(call.rows),
                    cache.page_table(call.rows));
     // Where the rows hold nothing else, the new keys and values are at hand in one piece.
-    o = cache.all_have(call.rows, x.size(1)) ? attend(inputs)
-                                             : attend_cached(inputs.q, inputs.r, call, layer);
+    o = cache.all_have(call.rows, len) ? attend(inputs)
+                                       : attend_cached(inputs.q, inputs.r, call, layer);
   }
-  return project_onto(residual, o.flatten(-2), o_proj_->weight);
+  return project_onto(residual, o.flatten(-2), o_proj_->weight, call.next);
 }
 
-std::pair<at::Tensor, at::Tensor> Attention::append(const at::Tensor& x, CachedForward& call,
+std::pair<at::Tensor, at::Tensor> Attention::append(const AttentionInputs& raw, CachedForward& call,
                                                     std::int64_t layer) const {
   KvCache& cache = call.cache;
-  const AttentionInputs raw = projections(x);
   ops::RotaryOptions options;
   options.q_gain = q_norm_->weight;
   options.k_gain = k_norm_->weight;
@@ -93,6 +99,10 @@ std::pair<at::Tensor, at::Tensor> Attention::append(const at::Tensor& x, CachedF
       raw.q, r_proj_ ? raw.r : raw.q, raw.k, raw.v, cache.k(layer), cache.v(layer),
       cache.positions(call.rows), cache.angles().cos, cache.angles().sin, options);
   return {q, r_proj_ ? r : at::Tensor()};
+}
+
+at::Tensor Attention::first_weights(const at::Tensor& residual) const {
+  return few_rows_weight(residual, input_weights());
 }
 
 // The gains of the heads stay in float32, as append_kv takes them.

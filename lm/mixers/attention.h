@@ -7,6 +7,7 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "lm/mixers/mixer.h"
 
@@ -17,8 +18,9 @@ class Attention : public Mixer {
   explicit Attention(const ModelConfig& config);
 
   at::Tensor forward(const at::Tensor& x, const Rope& rope) final;
-  at::Tensor forward_cached(const at::Tensor& x, const at::Tensor& residual, CachedForward& call,
+  at::Tensor forward_cached(const at::Tensor& residual, const Norm& norm, CachedForward& call,
                             std::int64_t layer) final;
+  at::Tensor first_weights(const at::Tensor& residual) const final;
   void prepare_for_inference(at::ScalarType dtype) final;
   AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) final;
 
@@ -29,14 +31,20 @@ class Attention : public Mixer {
   virtual at::Tensor attend_cached(const at::Tensor& q, const at::Tensor& r, CachedForward& call,
                                    std::int64_t layer) = 0;
 
+  const ModelConfig& config() const { return config_; }
+
  private:
-  // q, r, k, v before norm and RoPE: views [batch, len, heads, head_dim] of one product.
-  AttentionInputs projections(const at::Tensor& x) const;
+  // Their weights, as they lie: q_proj, r_proj in a Parallax model, k_proj, v_proj.
+  std::vector<at::Tensor> input_weights() const;
+  // q, r, k, v before norm and RoPE: views [batch, len, heads, head_dim] of one product with them.
+  AttentionInputs split(const at::Tensor& product) const;
+  // Normed and turned.
+  AttentionInputs prepared(AttentionInputs raw, const Rope& rope) const;
   // x [batch, len, heads, head_dim] -> per-head norm (where there is one), RoPE (where asked for).
   at::Tensor prepared(const at::Tensor& x, const Weight* norm, const Rope* rope) const;
   // Writes the newest keys and values to the cache. -> q and r, normed and turned, r undefined in a
   // softmax model.
-  std::pair<at::Tensor, at::Tensor> append(const at::Tensor& x, CachedForward& call,
+  std::pair<at::Tensor, at::Tensor> append(const AttentionInputs& raw, CachedForward& call,
                                            std::int64_t layer) const;
 
   ModelConfig config_;
@@ -57,6 +65,8 @@ class SoftmaxAttention final : public Attention {
 class ParallaxAttention final : public Attention {
  public:
   using Attention::Attention;
+
+  void begin_cached(CachedForward& call, std::int64_t len) const override;
 
  private:
   at::Tensor attend(const AttentionInputs& inputs) override;

@@ -53,6 +53,49 @@ TEST_P(DecodeOnGpu, GraphsGiveWhatEagerStepsGive) {
   for (std::int32_t start = 40; start < 51; ++start) step(start);
 }
 
+// Layers whose kernels fill the GPU, begin before one another's end and ask for what they read
+// early: each step's logits are those of the whole text, and those of steps without a graph.
+TEST_P(DecodeOnGpu, StepsOfWideLayersAreRight) {
+  ModelConfig config;
+  config.mixer = GetParam();
+  config.vocab_size = 300;
+  config.hidden_size = 1024;
+  config.num_layers = 4;
+  config.num_q_heads = 16;
+  config.num_kv_heads = 8;
+  config.head_dim = 128;
+  config.ffn_size = 3072;
+  config.init_std = 0.05;
+  make(config);
+  constexpr std::int64_t kPrompt = 700, kSteps = 45;
+  const KvCacheShape shape{.batch = 4, .max_len = kPrompt + kSteps, .page_size = 64};
+  KvCache cache = gpu_->make_cache(shape), twin = gpu_->make_cache(shape);
+  DecodeStep graph(*gpu_, cache), eager(*gpu_, twin);
+  for (const std::int64_t count : {1, 4}) {
+    std::vector<Tokens> texts;
+    std::vector<Expected> right;
+    for (std::int32_t row = 0; row < count; ++row) {
+      texts.push_back(tokens_from(row, kPrompt + kSteps));
+      right.push_back(expected(texts[row]));
+      for (KvCache* each : {&cache, &twin}) {
+        const Tokens prompt(texts[row].begin(), texts[row].begin() + kPrompt);
+        gpu_->forward_cached(as_tensor(prompt, *gpu_), *each, row);
+      }
+    }
+    for (std::int64_t i = kPrompt; i < kPrompt + kSteps; ++i) {
+      Tokens newest;
+      for (const Tokens& text : texts) newest.push_back(text[i]);
+      const at::Tensor logits = graph(newest);
+      EXPECT_TRUE(at::equal(logits, eager.run_eager(newest)));
+      for (std::int64_t row = 0; row < count; ++row) expect_right(logits[row], right[row], i + 1);
+    }
+    for (std::int64_t row = 0; row < count; ++row) {
+      cache.release(row);
+      twin.release(row);
+    }
+  }
+}
+
 TEST_P(DecodeOnGpu, GeneratesTheSameTwice) {
   const auto tokenizer = bytes_tokenizer();
   std::vector<std::string> prompts;

@@ -277,6 +277,19 @@ TEST(KvCache, WhatIdleRowsWriteNobodySees) {
   twin.check();
 }
 
+TEST(KvCache, HandsOnTheNewestTokens) {
+  KvCache cache(small_config(), {.batch = 4, .max_len = 3, .page_size = 2});
+  cache.append(1, {7, 8});
+  EXPECT_TRUE(at::equal(cache.newest({0, 4}), at::tensor({0, 7, 8, 0}, at::kInt).unsqueeze(1)));
+  EXPECT_EQ(cache.len(0), 0);
+  EXPECT_EQ(cache.len(1), 1);
+  EXPECT_EQ(cache.len(2), 1);
+  cache.append({2, 1}, 2);
+  EXPECT_THROW(cache.append(0, {1, 2, 3}), Error);  // row 2 is full
+  EXPECT_TRUE(at::equal(cache.newest({0, 4}), at::tensor({0, 7, 8, 0}, at::kInt).unsqueeze(1)));
+  EXPECT_EQ(cache.len(0), 0);
+}
+
 TEST(KvCache, SaysWhyItCannot) {
   const ModelConfig config = small_config();
   const auto message_of = [&](const KvCacheShape& shape) {

@@ -35,6 +35,10 @@ class ModelOnGpu : public testing::TestWithParam<std::string> {
     config.head_dim = 64;
     config.ffn_size = 512;
     config.init_std = 0.1;
+    make(config);
+  }
+
+  void make(const ModelConfig& config) {
     exact_ = std::make_unique<CausalLm>(config, 5);
     gpu_ = std::make_unique<CausalLm>(config, 5);
     place_model(*gpu_, TrainConfig{}, "cuda");
