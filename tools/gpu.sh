@@ -40,9 +40,19 @@ check_part() {  # PROGRAM PART
     timeout -k 5 300 "$1" --gtest_brief=1 >"$logs/$(basename "$1").$2" 2>&1
 }
 
-# The tests spend most of their time on float64 oracles on the CPU: four parts of each, all at once.
+check_from_python() {
+  "$python" -c 'import pytest' || return
+  OMP_NUM_THREADS=4 timeout -k 5 240 "$python" -m pytest -q -p no:cacheprovider tests/python/test_cuda*.py
+}
+
+# The tests spend most of their time on float64 oracles on the CPU: four parts of each, all at
+# once, and the operators' from Python beside them.
 check_programs() {  # PROGRAM...
-  local running=() machine_code="" entry test part pid
+  local running=() machine_code="" operators="" entry test part pid
+  if [ -n "$torch" ]; then
+    check_from_python >"$logs/operators" 2>&1 &
+    operators=$!
+  fi
   if command -v cuobjdump >/dev/null; then
     check_machine_code >"$logs/machine_code" &
     machine_code=$!
@@ -60,6 +70,10 @@ check_programs() {  # PROGRAM...
     tail -n 40 "$logs/$(basename "$test").$part" >&2
   done
   echo "checked: $# programs of CUDA tests in $SECONDS s"
+  if [ -n "$operators" ]; then
+    wait "$operators" || fail "tests/python/test_cuda*.py"
+    tail -n 40 "$logs/operators"
+  fi
   [ -n "$machine_code" ] || return
   wait "$machine_code" && echo "checked: no illegal descriptor in the machine code" && return
   fail "the machine code"
@@ -73,15 +87,6 @@ run_example() {
   else
     fail "examples/decode ($example is not there: make test builds it)"
   fi
-}
-
-check_from_python() {
-  if "$python" -c 'import pytest' 2>/dev/null; then
-    attempt 240 "$python" -m pytest -q -p no:cacheprovider tests/python/test_cuda*.py
-  else
-    fail "tests/python/test_cuda*.py ($python has no pytest)"
-  fi
-  echo "checked in $SECONDS s"
 }
 
 print_tables() {
@@ -108,12 +113,12 @@ fi
 if [[ $parts == *checks* ]]; then
   check_programs "${tests[@]}"
   run_example
+  echo "checked in $SECONDS s"
 fi
 if [ -z "$torch" ]; then
   fail "all that needs torch ($python has none with CUDA, PYTHON=... names another)"
-else
-  [[ $parts == *checks* ]] && check_from_python
-  [[ $parts == *tables* ]] && print_tables
+elif [[ $parts == *tables* ]]; then
+  print_tables
 fi
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'gpu.sh: %s s, failed:\n' "$SECONDS" >&2
