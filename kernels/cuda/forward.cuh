@@ -13,7 +13,6 @@
 //                         tile to the first
 #pragma once
 
-#include "cuda/early_launch.cuh"
 #include "cuda/forward_consumer.cuh"
 #include "cuda/forward_producer.cuh"
 #include "cuda/forward_scheduler.cuh"
@@ -43,12 +42,8 @@ __global__ void __launch_bounds__(forward_tile(kHeadDim).threads(), 1)
       ptx::barrier_init(&shared.v_empty[i], 4 * kTile.warpgroups);
     }
     ptx::fence_barrier_init();
-    ptx::prefetch_map(params.interleaved ? &maps.q_and_r : &maps.q);
-    ptx::prefetch_map(&maps.k);
-    ptx::prefetch_map(&maps.v);
   }
   __syncthreads();
-  cudaGridDependencySynchronize();
   if (warpgroup == kTile.warpgroups) {
     ptx::keep_registers<kTile.producer_registers>();
     const int thread = ptx::thread_index() & 127;
@@ -76,9 +71,8 @@ Status launch_forward(const ForwardMaps& maps, const ForwardParams& params, int 
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (Status s = check_cuda(error, "forward: cudaFuncSetAttribute"); !s.ok()) return s;
-  return check_cuda(
-      launch_early(kernel, blocks, kTile.threads(), kSharedBytes, stream, maps, params),
-      "forward: launch");
+  kernel<<<blocks, kTile.threads(), kSharedBytes, stream>>>(maps, params);
+  return check_cuda(cudaGetLastError(), "forward: launch");
 }
 
 }  // namespace parallax

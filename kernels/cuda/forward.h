@@ -89,10 +89,7 @@ Status launch_forward(const ForwardMaps& maps, const ForwardParams& params, int 
 // Packed calls: sorts the sequences (in runs of 1024) by decreasing length into `order`, counts the
 // query tiles before each into `first_ticket` and sets *next_ticket to 0.
 Status launch_forward_order(const AttentionProblem& problem, const Sequences& sequences,
-                            int queries_per_tile, int blocks, int* next_ticket, int* order,
-                            int* first_ticket, cudaStream_t stream);
-
-// Sets *next_ticket to `blocks`: each CTA's first ticket is its own number.
-Status launch_first_ticket(int blocks, int* next_ticket, cudaStream_t stream);
+                            int queries_per_tile, int* next_ticket, int* order, int* first_ticket,
+                            cudaStream_t stream);
 
 }  // namespace parallax

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 // Packed calls: which sequence's query tiles come when. Longest first, so that the last tickets are
 // short; one block, since a batch is small.
-#include "cuda/early_launch.cuh"
 #include "cuda/forward.h"
 #include "cuda/launch.h"
 #include "cuda/schedule.h"
@@ -13,8 +12,7 @@ constexpr int kRun = 1024;  // sequences sorted together, one a thread
 
 __global__ void __launch_bounds__(kRun)
     forward_order_kernel(const AttentionProblem problem, const Sequences sequences,
-                         int queries_per_tile, int blocks, int* next_ticket, int* order,
-                         int* first_ticket) {
+                         int queries_per_tile, int* next_ticket, int* order, int* first_ticket) {
   __shared__ int kv_lens[kRun];
   __shared__ int tickets[kRun];  // by rank, then summed up to and including it
   const int thread = threadIdx.x;
@@ -53,29 +51,18 @@ __global__ void __launch_bounds__(kRun)
   }
   if (thread == 0) {
     first_ticket[0] = 0;
-    *next_ticket = blocks;
+    *next_ticket = 0;
   }
-}
-
-__global__ void first_ticket_kernel(int blocks, int* next_ticket) {
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-  *next_ticket = blocks;
 }
 
 }  // namespace
 
 Status launch_forward_order(const AttentionProblem& problem, const Sequences& sequences,
-                            int queries_per_tile, int blocks, int* next_ticket, int* order,
-                            int* first_ticket, cudaStream_t stream) {
-  forward_order_kernel<<<1, kRun, 0, stream>>>(problem, sequences, queries_per_tile, blocks,
-                                               next_ticket, order, first_ticket);
+                            int queries_per_tile, int* next_ticket, int* order, int* first_ticket,
+                            cudaStream_t stream) {
+  forward_order_kernel<<<1, kRun, 0, stream>>>(problem, sequences, queries_per_tile, next_ticket,
+                                               order, first_ticket);
   return check_cuda(cudaGetLastError(), "forward: ordering the sequences");
-}
-
-Status launch_first_ticket(int blocks, int* next_ticket, cudaStream_t stream) {
-  return check_cuda(launch_early(first_ticket_kernel, 1, 1, 0, stream, blocks, next_ticket),
-                    "forward: first ticket");
 }
 
 }  // namespace parallax

@@ -227,15 +227,14 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, St
   const DeviceScope scope(plan.device.index);
   if (!scope.status().ok()) return scope.status();
   auto* cuda_stream = static_cast<cudaStream_t>(stream);
-  const int blocks = static_cast<int>(std::min<std::int64_t>(plan.device.num_sms, plan.num_tasks));
   if (problem.packed) {
     params.num_sequences = static_cast<int>(problem.batch);
     int* order = memory + kWorkspaceAlignment / sizeof(int);
     int* first_ticket = order + problem.batch;
     params.sequence_order = order;
     params.first_ticket = first_ticket;
-    if (Status s = launch_forward_order(problem, args.sequences, tile.queries(), blocks,
-                                        params.next_ticket, order, first_ticket, cuda_stream);
+    if (Status s = launch_forward_order(problem, args.sequences, tile.queries(), params.next_ticket,
+                                        order, first_ticket, cuda_stream);
         !s.ok()) {
       return s;
     }
@@ -245,8 +244,10 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, St
     params.num_pairs = static_cast<int>(problem.batch * problem.num_q_heads);
     params.section = section_pairs(params.section_keys, static_cast<int>(problem.kv_len),
                                    params.group, params.num_pairs);
-    if (Status s = launch_first_ticket(blocks, params.next_ticket, cuda_stream); !s.ok()) return s;
+    const cudaError_t error = cudaMemsetAsync(params.next_ticket, 0, sizeof(int), cuda_stream);
+    if (Status s = check_cuda(error, "forward: cudaMemsetAsync"); !s.ok()) return s;
   }
+  const int blocks = static_cast<int>(std::min<std::int64_t>(plan.device.num_sms, plan.num_tasks));
   return problem.dtype == DType::kFloat16 ? launch<fp16>(padded, maps, params, blocks, cuda_stream)
                                           : launch<bf16>(padded, maps, params, blocks, cuda_stream);
 }

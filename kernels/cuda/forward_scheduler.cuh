@@ -57,7 +57,7 @@ struct ForwardScheduler {
       // Asked for when a few key tiles of the last are left to load (kTicketLead).
       if (n > 0) ptx::barrier_wait(&shared.info_wanted, (n - 1) & 1);
       TileInfo& info = shared.info[n % kTileInfos];
-      const int ticket = n == 0 ? blockIdx.x : atomicAdd(params.next_ticket, 1);
+      const int ticket = atomicAdd(params.next_ticket, 1);
       if (ticket >= num_tickets()) {
         info.q_begin = -1;
         ptx::barrier_arrive(&shared.info_full);
