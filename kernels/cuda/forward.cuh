@@ -8,7 +8,7 @@
 // row g + 8. Every thread owns one query; a row's sums cross four lanes.
 //
 //   scheduler (a thread)  tickets -> TileInfo: which queries, which key tiles
-//   producer (a warp)     the q and r tile, K and V tiles into rings of two stages
+//   producer (a warp)     the q and r tile, K and V tiles into rings of stages
 //   consumer warpgroups   S/T of key tile j while o += {p, w} V of tile j + 1; from the last key
 //                         tile to the first
 #pragma once
