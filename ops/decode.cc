@@ -82,7 +82,6 @@ class DecodeCall {
     const DecodePlan plan = plan_decode(kName, in_.q, in_.k_cache, shape_, in_.options);
     if (in_.options.schedule && plan.device.kind == Device::Kind::kCuda) {
       check_schedule_fits(kName, *in_.options.schedule, plan);
-      // Runs count in it and leave it as it was.
       args->schedule = const_cast<void*>(in_.options.schedule->const_data_ptr());
     }
     run_decode(kName, plan, *args, settled_);

@@ -9,6 +9,7 @@
 
 #include "cuda/decode_keys.cuh"
 #include "cuda/decode_results.cuh"
+#include "cuda/decode_schedule.cuh"
 #include "cuda/early_launch.cuh"
 #include "cuda/launch.h"
 
@@ -19,39 +20,39 @@ struct DecodeCta {
   using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles>;
   static constexpr bool kIsFp8 = Shared::kIsFp8;
 
+  static constexpr int kBlockKeys = decode_block_keys(sizeof(Cache));
+
   const DecodeParams& params;
   Shared& shared;
   int span;
+  int place_in_unit;  // which of a unit's pairs is this CTA's
 
-  // One thread.
+  // The first warp.
   __device__ __forceinline__ void begin() const {
-    const DecodeSpan begun = params.schedule.spans[span];
+    const DecodeSpan begun = params.schedule != nullptr
+                                 ? params.schedule[span]
+                                 : find_span(params.problem, params.sequences, kBlockKeys,
+                                             params.spans, params.units, span);
+    if (threadIdx.x != 0) return;
     const RowMask mask = row_mask({static_cast<int>(params.problem.q_len), begun.kv_begin,
                                    begun.kv_end, params.problem.causal, params.problem.window});
-    shared.walk = {
-        begun,       begun.sequence,   begun.unit,
-        begun.block, begun.num_blocks, static_cast<int>(blockIdx.x) - span * params.width,
-        mask};
+    const int at = begun.cut.begin(span);
+    shared.walk = {begun, mask, at, begun.cut.begin(span + 1) - at};
   }
 
   // One thread: the item at shared.walk (no blocks: there is none), and the walk to the next.
   __device__ __forceinline__ void next_item() const {
     DecodeWalk& walk = shared.walk;
+    DecodeSpan& place = walk.place;
     DecodeItem& item = shared.item;
     item.num_blocks = 0;
     if (walk.left == 0) return;
-    constexpr int kBlockKeys = decode_block_keys(sizeof(Cache));
     const DecodeBlocks blocks =
         decode_blocks(walk.mask, static_cast<int>(params.problem.q_len), kBlockKeys);
-    const int pair = walk.unit * params.width + walk.place_in_unit;
+    const int pair = place.unit * params.width + place_in_unit;
     const int rows = Shared::kWarpRows * params.team;
-    item.sequence = walk.sequence;
+    item.sequence = place.sequence;
     item.kv_head = params.passes == 1 ? pair : pair / params.passes;
-    if constexpr (kIsFp8) {
-      item.t_factor = __ldg(params.k_scale + item.kv_head);
-      item.s_factor = params.scale_log2 * item.t_factor;
-      item.v_factor = __ldg(params.v_scale + item.kv_head);
-    }
     item.first_row = (pair - item.kv_head * params.passes) * rows;
     item.rows = min(rows, params.rows - item.first_row);
     item.mask = walk.mask;
@@ -59,21 +60,25 @@ struct DecodeCta {
     const DecodePlace first = place_of(params, item.first_row);
     const DecodePlace last = place_of(params, item.first_row + item.rows - 1);
     item.interior = {walk.mask.keys(last.token).begin, walk.mask.keys(first.token).end};
-    item.first_key = (blocks.first + walk.block) * kBlockKeys;
-    item.num_blocks = min(walk.left, blocks.count - walk.block);
-    const bool begins = walk.block == 0;
-    const bool ends = walk.block + item.num_blocks == blocks.count;
-    item.is_whole = begins && ends;
-    item.slot = walk.left == walk.span.num_blocks ? 0 : 1;
-    item.first_slot = begins ? 2 * span + item.slot : walk.span.first_slot;
-    item.num_parts = (ends ? span : walk.span.last_span) - item.first_slot / 2 + 1;
+    item.first_key = (blocks.first + place.block) * kBlockKeys;
+    item.num_blocks = min(walk.left, blocks.count - place.block);
+    item.is_whole = item.num_blocks == blocks.count;
+    if (!item.is_whole) {
+      const DecodeCut& cut = place.cut;
+      const int begin = walk.at - place.block;
+      const int first_span = cut.span_of(begin);
+      item.slot = 2 * span + (walk.at > cut.begin(span));
+      item.first_slot = 2 * first_span + (begin > cut.begin(first_span));
+      item.num_parts = cut.span_of(begin + blocks.count - 1) - first_span + 1;
+    }
 
+    walk.at += item.num_blocks;
     walk.left -= item.num_blocks;
-    walk.block = 0;
-    if (walk.left == 0 || ++walk.unit < params.units) return;
-    walk.unit = 0;
-    ++walk.sequence;
-    walk.mask = row_mask(sequence_at(params.problem, params.sequences, walk.sequence).mask);
+    place.block = 0;
+    if (walk.left == 0 || ++place.unit < params.units) return;
+    place.unit = 0;
+    ++place.sequence;
+    walk.mask = decode_mask(params.problem, params.sequences, place.sequence);
   }
 
   __device__ __forceinline__ void run() const {
@@ -81,7 +86,7 @@ struct DecodeCta {
     const int lane = static_cast<int>(threadIdx.x % 32);
     DecodeKeys<T, Cache, kHeadDim, kRowTiles> keys{
         params, shared, warp, lane, warp % params.team, warp / params.team};
-    if (threadIdx.x == 0) begin();
+    if (warp == 0) begin();
 #pragma unroll 1
     while (true) {
       if (threadIdx.x == 0) next_item();
@@ -89,8 +94,9 @@ struct DecodeCta {
       const DecodeItem& item = shared.item;
       if (item.num_blocks == 0) return;
       keys.stream(item);
-      keys.publish(item.rows);
-      DecodeResults<T, Cache, kHeadDim, kRowTiles>{params, shared, span, warp, lane}.finish(item);
+      keys.publish(item);
+      DecodeResults<T, Cache, kHeadDim, kRowTiles>{params, shared, place_in_unit, warp, lane}
+          .finish(item);
       __syncthreads();
     }
   }
@@ -103,9 +109,9 @@ __global__ void __launch_bounds__(32 * kDecodeWarps, decode_ctas_per_sm(kHeadDim
   auto& shared = *reinterpret_cast<DecodeShared<T, Cache, kHeadDim, kRowTiles>*>(shared_memory);
   cudaTriggerProgrammaticLaunchCompletion();
   if (!params.settled) cudaGridDependencySynchronize();
-  DecodeCta<T, Cache, kHeadDim, kRowTiles>{params, shared,
-                                           static_cast<int>(blockIdx.x) / params.width}
-      .run();
+  const int span = static_cast<int>(blockIdx.x) / params.width;
+  const int place_in_unit = static_cast<int>(blockIdx.x) - span * params.width;
+  DecodeCta<T, Cache, kHeadDim, kRowTiles>{params, shared, span, place_in_unit}.run();
   // Where there was nothing to read: what comes after this kernel comes after the last one too.
   cudaGridDependencySynchronize();
 }

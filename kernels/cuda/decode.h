@@ -12,13 +12,6 @@
 
 namespace parallax {
 
-// The schedule in memory.
-struct DecodeSchedule {
-  int* counters = nullptr;  // [num_spans * width]: parts of a split item that are done; zero
-  DecodeSpan* spans = nullptr;
-  int* first_block = nullptr;  // [batch + 1], in blocks of one unit
-};
-
 struct DecodeParams {
   AttentionProblem problem;
   Sequences sequences;
@@ -34,9 +27,13 @@ struct DecodeParams {
   float* lse = nullptr;
   float* t_bar = nullptr;
   StateView state;
-  DecodeSchedule schedule;
-  float* partials = nullptr;  // [num_spans * width, 2, rows, 2 head_dim + 4]
-  float scale_log2 = 0;       // scale * log2(e)
+  const DecodeSpan* schedule = nullptr;  // the spans; null: each CTA finds its own
+  DecodeSpans spans;
+  // Parts of split items, two slots a span (its first item's and its last's), and at an item's
+  // first slot how many of its parts there are (decode_results.cuh).
+  float* partials = nullptr;        // [width, 2 spans, rows, 2 head_dim + 4]
+  std::uint64_t* counts = nullptr;  // [width, 2 spans]
+  float scale_log2 = 0;             // scale * log2(e)
   int group = 1;
   int rows = 1;    // group * q_len
   int passes = 1;  // over them
@@ -52,10 +49,9 @@ template <class T, class Cache, int kHeadDim>
 Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
                      cudaStream_t stream);
 
-// Cuts the line of blocks of block_keys keys into at most `max_spans` spans and clears the
-// counters. align: where it can be, so that no item is split.
+// Finds all spans, where a block is block_keys keys.
 Status launch_decode_schedule(const AttentionProblem& problem, const Sequences& sequences,
-                              int block_keys, int max_spans, int width, int units, bool align,
-                              const DecodeSchedule& schedule, cudaStream_t stream);
+                              int block_keys, DecodeSpans spans, int units, DecodeSpan* schedule,
+                              cudaStream_t stream);
 
 }  // namespace parallax

@@ -45,6 +45,7 @@ struct DecodeKeys {
   std::uint32_t a[kRowTiles][kHeadDim / 16][4];  // q and r
   float o[kRowTiles][kHeadDim / 8][4];           // o1 and o2
   DecodeRow row[kRowTiles];
+  float k_scale;  // of an FP8 cache
   int next_page;
 
   __device__ __forceinline__ void sync_team() const {
@@ -171,6 +172,7 @@ struct DecodeKeys {
 
   __device__ __forceinline__ void load_rows(const DecodeItem& item) {
     if (params.settled) cudaGridDependencySynchronize();
+    if constexpr (kIsFp8) k_scale = __ldg(params.k_scale + item.kv_head);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
       const bool exists = row_of(tile) < item.rows;
@@ -310,7 +312,7 @@ struct DecodeKeys {
     float s[kRowTiles][2][4] = {};
     multiply_keys(rows, s);
     const bool interior = key >= item.interior.begin && key + kStepKeys <= item.interior.end;
-    const float s_factor = kIsFp8 ? item.s_factor : params.scale_log2;
+    const float s_factor = kIsFp8 ? params.scale_log2 * k_scale : params.scale_log2;
     std::uint32_t p[kRowTiles][4];
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -318,7 +320,7 @@ struct DecodeKeys {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         s[tile][i / 2][i % 2] *= s_factor;
-        if constexpr (kIsFp8) s[tile][i / 2][2 + i % 2] *= item.t_factor;
+        if constexpr (kIsFp8) s[tile][i / 2][2 + i % 2] *= k_scale;
       }
       if (!interior) hide(shared.seen[warp][8 * tile + lane / 4], key, s[tile]);
 #pragma unroll
@@ -386,18 +388,22 @@ struct DecodeKeys {
 
   // A row's part in every way, as one.
   __device__ __forceinline__ DecodeRow meet(int local) const {
+    DecodeRow parts[kDecodeWarps];
     DecodeRow total;
-    for (int i = params.ways - 1; i >= 0; --i) {
-      const DecodeRow& part = shared.meeting.parts[i * params.team + member][local];
-      total.m = fmaxf(total.m, part.m);
-      total.c = part.d1 != 0 ? part.c : total.c;
+#pragma unroll
+    for (int i = kDecodeWarps - 1; i >= 0; --i) {
+      if (i < params.ways) parts[i] = shared.meeting.parts[i * params.team + member][local];
+      total.m = fmaxf(total.m, parts[i].m);
+      total.c = parts[i].d1 != 0 ? parts[i].c : total.c;
     }
-    for (int i = 0; i < params.ways; ++i)
-      total.add(shared.meeting.parts[i * params.team + member][local]);
+#pragma unroll
+    for (int i = 0; i < kDecodeWarps; ++i) total.add(parts[i]);
     return total;
   }
 
-  __device__ __forceinline__ void publish(int num_rows) {
+  __device__ __forceinline__ void publish(const DecodeItem& item) {
+    float v_factor = 1;
+    if constexpr (kIsFp8) v_factor = __ldg(params.v_scale + item.kv_head);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
       row[tile].d1 = quad_sum(row[tile].d1);
@@ -409,10 +415,10 @@ struct DecodeKeys {
     for (int tile = 0; tile < kRowTiles; ++tile) {
       const int local = 8 * tile + lane / 4;
       const DecodeRow total = meet(local);
-      const float factor = total.factor(row[tile]);
+      const float factor = v_factor * total.factor(row[tile]);
       const float shift = row[tile].c - total.c;
       if (way == 0 && lane % 4 == 0) shared.meeting.totals[row_of(tile)] = total;
-      if (row_of(tile) >= num_rows) continue;
+      if (row_of(tile) >= item.rows) continue;
       const auto o1 = [&](int i, int e) { return factor * o[tile][i][e]; };
       const auto o2 = [&](int i, int e) {
         return factor * (o[tile][i][2 + e] + shift * o[tile][i][e]);

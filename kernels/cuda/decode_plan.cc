@@ -20,9 +20,6 @@ namespace {
 constexpr std::int64_t kMaxInt = std::numeric_limits<int>::max();
 constexpr std::int64_t kMaxLen = (1 << 30) - 256;  // masks add two lengths in 32 bits
 constexpr std::size_t kAlignment = 256;
-// From so many rows on the merge of a split item costs more than spans of odd lengths win: equal
-// ones that begin at equal distances meet the same memory channels.
-constexpr int kManyRows = 8;
 
 std::int64_t ceil_div64(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 std::size_t aligned(std::size_t bytes) {
@@ -48,12 +45,12 @@ struct Geometry {
     width = width_of(pairs, ctas);
     units = pairs / width;
     spans = std::max<std::int64_t>(ctas / width, 1);
+    cut = decode_spans(std::max<std::int64_t>(problem.batch * units, 1), static_cast<int>(spans));
     blocks =
         problem.batch * units * std::max<std::int64_t>(ceil_div64(problem.kv_len, block_keys), 1);
-    counters_bytes = aligned(static_cast<std::size_t>(spans * width) * sizeof(int));
-    spans_bytes = aligned(static_cast<std::size_t>(spans) * sizeof(DecodeSpan));
-    first_block_bytes = aligned(static_cast<std::size_t>(problem.batch + 1) * sizeof(int));
-    partials_bytes = aligned(static_cast<std::size_t>(spans * width * 2 * shape.rows()) *
+    const auto slots = static_cast<std::size_t>(width * 2 * spans);
+    counts_bytes = aligned(slots * sizeof(std::uint64_t));
+    partials_bytes = aligned(slots * static_cast<std::size_t>(shape.rows()) *
                              static_cast<std::size_t>(2 * padded + 4) * sizeof(float));
   }
 
@@ -66,21 +63,11 @@ struct Geometry {
     return 1;
   }
 
-  std::size_t schedule_bytes() const { return counters_bytes + spans_bytes + first_block_bytes; }
-
-  DecodeSchedule schedule(void* memory) const {
-    auto* bytes = static_cast<char*>(memory);
-    DecodeSchedule schedule;
-    schedule.counters = reinterpret_cast<int*>(bytes);
-    schedule.spans = reinterpret_cast<DecodeSpan*>(bytes + counters_bytes);
-    schedule.first_block = reinterpret_cast<int*>(bytes + counters_bytes + spans_bytes);
-    return schedule;
-  }
-
   int padded, block_keys;
   DecodeShape shape;
+  DecodeSpans cut;
   std::int64_t group, rows, passes, width, units, spans, blocks;
-  std::size_t counters_bytes, spans_bytes, first_block_bytes, partials_bytes;
+  std::size_t counts_bytes, partials_bytes;
 };
 
 Status check_plan(const DecodePlan& plan) {
@@ -171,7 +158,8 @@ Status check_arguments(const DecodePlan& plan, const DecodeArgs& args, const voi
   return check_state(args);
 }
 
-DecodeParams params_of(const DecodePlan& plan, const Geometry& geometry, const DecodeArgs& args) {
+DecodeParams params_of(const DecodePlan& plan, const Geometry& geometry, const DecodeArgs& args,
+                       void* workspace) {
   DecodeParams params;
   params.problem = plan.problem;
   params.problem.window = std::min(plan.problem.window, kMaxLen);  // which is no window
@@ -202,8 +190,12 @@ DecodeParams params_of(const DecodePlan& plan, const Geometry& geometry, const D
   params.passes = static_cast<int>(geometry.passes);
   params.width = static_cast<int>(geometry.width);
   params.units = static_cast<int>(geometry.units);
+  params.schedule = static_cast<const DecodeSpan*>(args.schedule);
+  params.spans = geometry.cut;
   params.team = geometry.shape.team;
   params.ways = kDecodeWarps / params.team;
+  params.counts = static_cast<std::uint64_t*>(workspace);
+  params.partials = reinterpret_cast<float*>(static_cast<char*>(workspace) + geometry.counts_bytes);
   return params;
 }
 
@@ -218,17 +210,6 @@ Status launch(const Geometry& geometry, const DecodeParams& params, cudaStream_t
     default:
       return launch_decode<T, Cache, 256>(params, geometry.shape, blocks, stream);
   }
-}
-
-Status enqueue_schedule(const DecodePlan& plan, const Geometry& geometry,
-                        const Sequences& sequences, const DecodeSchedule& schedule,
-                        cudaStream_t stream) {
-  AttentionProblem problem = plan.problem;
-  problem.window = std::min(problem.window, kMaxLen);
-  return launch_decode_schedule(problem, sequences, geometry.block_keys,
-                                static_cast<int>(geometry.spans), static_cast<int>(geometry.width),
-                                static_cast<int>(geometry.units), geometry.rows >= kManyRows,
-                                schedule, stream);
 }
 
 }  // namespace
@@ -255,8 +236,8 @@ Status plan_decode(const AttentionProblem& problem, const Device& device, Decode
   plan->problem = problem;
   plan->device = device;
   plan->num_splits = geometry.spans;
-  plan->schedule_bytes = geometry.schedule_bytes();
-  plan->workspace_bytes = geometry.schedule_bytes() + geometry.partials_bytes;
+  plan->schedule_bytes = static_cast<std::size_t>(geometry.spans) * sizeof(DecodeSpan);
+  plan->workspace_bytes = geometry.counts_bytes + geometry.partials_bytes;
   return {};
 }
 
@@ -270,8 +251,11 @@ Status schedule(const DecodePlan& plan, const Sequences& sequences, void* schedu
   const DeviceScope scope(plan.device.index);
   if (!scope.status().ok()) return scope.status();
   const Geometry geometry(plan.problem, plan.device);
-  return enqueue_schedule(plan, geometry, sequences, geometry.schedule(schedule),
-                          static_cast<cudaStream_t>(stream));
+  AttentionProblem problem = plan.problem;
+  problem.window = std::min(problem.window, kMaxLen);
+  return launch_decode_schedule(
+      problem, sequences, geometry.block_keys, geometry.cut, static_cast<int>(geometry.units),
+      static_cast<DecodeSpan*>(schedule), static_cast<cudaStream_t>(stream));
 }
 
 namespace {
@@ -283,16 +267,9 @@ Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stre
   const DeviceScope scope(plan.device.index);
   if (!scope.status().ok()) return scope.status();
   const Geometry geometry(plan.problem, plan.device);
-  DecodeParams params = params_of(plan, geometry, args);
-  params.settled = settled && args.schedule != nullptr;  // one made here is not settled
-  params.schedule = geometry.schedule(args.schedule != nullptr ? args.schedule : workspace);
-  params.partials =
-      reinterpret_cast<float*>(static_cast<char*>(workspace) + geometry.schedule_bytes());
+  DecodeParams params = params_of(plan, geometry, args, workspace);
+  params.settled = settled && args.schedule != nullptr;  // lengths are not
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  if (args.schedule == nullptr) {
-    const Status s = enqueue_schedule(plan, geometry, args.sequences, params.schedule, cuda_stream);
-    if (!s.ok()) return s;
-  }
   const bool is_bf16 = plan.problem.dtype == DType::kBFloat16;
   if (cache_dtype(plan.problem) == DType::kFloat8E4M3) {
     return is_bf16 ? launch<bf16, e4m3>(geometry, params, cuda_stream)

@@ -17,7 +17,7 @@ struct DecodeResults {
 
   const DecodeParams& params;
   Shared& shared;
-  int span;
+  int place_in_unit;
   int warp;
   int lane;
 
@@ -27,10 +27,13 @@ struct DecodeResults {
     DecodeSums sum;
     sum.row = shared.meeting.totals[of];
     int from = of / Shared::kWarpRows;
-#pragma unroll 1
-    for (int i = 0; i < num_parts; ++i, from += params.team) {
-      sum.o1 = sum.o1 + *reinterpret_cast<const float4*>(&shared.meeting.o1[from][local][column]);
-      sum.o2 = sum.o2 + *reinterpret_cast<const float4*>(&shared.meeting.o2[from][local][column]);
+#pragma unroll
+    for (int i = 0; i < kDecodeWarps; ++i, from += params.team) {
+      const auto part_of = [&](const auto& o) {
+        return i < num_parts ? *reinterpret_cast<const float4*>(&o[from][local][column]) : float4{};
+      };
+      sum.o1 = sum.o1 + part_of(shared.meeting.o1);
+      sum.o2 = sum.o2 + part_of(shared.meeting.o2);
     }
     return sum;
   }
@@ -38,10 +41,6 @@ struct DecodeResults {
   __device__ __forceinline__ void write(const DecodeItem& item, int of, int column,
                                         DecodeSums sum) const {
     if (column >= params.problem.head_dim) return;
-    if constexpr (kIsFp8) {
-      sum.o1 = item.v_factor * sum.o1;
-      sum.o2 = item.v_factor * sum.o2;
-    }
     const int index = item.first_row + of;
     const DecodePlace place = place_of(params, index);
     const std::int64_t token = place.token;
@@ -80,11 +79,13 @@ struct DecodeResults {
     }
   }
 
-  // A split item's part of row `of`, [2 head_dim + 4] floats: o1, o2, the row's scalars. `slot` as
-  // in DecodeSpan::first_slot.
+  __device__ __forceinline__ int slots_before() const {
+    return place_in_unit * (2 * params.spans.max_spans);
+  }
+
+  // A split item's part of row `of`, [2 head_dim + 4] floats: o1, o2, the row's scalars.
   __device__ __forceinline__ float* partial(int slot, int of) const {
-    const int cta = slot / 2 * params.width + shared.walk.place_in_unit;
-    const int index = (2 * cta + slot % 2) * (Shared::kWarpRows * params.team) + of;
+    const int index = (slots_before() + slot) * (Shared::kWarpRows * params.team) + of;
     return params.partials + index * (2 * kHeadDim + 4);
   }
 
@@ -99,9 +100,12 @@ struct DecodeResults {
     }
   }
 
-  // Part i of an item: the first of its span but for i = 0.
+  // The slot of part i of an item.
+  static __device__ __forceinline__ int slot_of(const DecodeItem& item, int i) {
+    return i == 0 ? item.first_slot : item.first_slot / 2 * 2 + 2 * i;
+  }
   __device__ __forceinline__ const float* partial(const DecodeItem& item, int i, int of) const {
-    return partial(i == 0 ? item.first_slot : item.first_slot / 2 * 2 + 2 * i, of);
+    return partial(slot_of(item, i), of);
   }
 
   // Brings the scalars of 32 parts more, one a lane, to one m and centre with the sums so far.
@@ -191,14 +195,32 @@ struct DecodeResults {
     return crew;
   }
 
+  // Counts a part of an item that is now in memory; returns how many were before. The word to count
+  // in may have held anything when the run began: a count is what lies less than 2^16 above a
+  // number that depends on where it lies, and anything else (but once in 2^48) is none. Who finds
+  // none counts again, from the number on if nobody else has.
+  static __device__ __forceinline__ int count_part(std::uint64_t* word, std::uint64_t zero) {
+    const auto is_count = [&](std::uint64_t x) { return x - zero < 0x10000; };
+    const std::uint64_t before = ptx::add_in_order(word, 1);
+    if (is_count(before)) return static_cast<int>(before - zero);
+    std::uint64_t expected = before + 1;
+#pragma unroll 1
+    while (true) {
+      const std::uint64_t base = is_count(expected) ? expected : zero;
+      const std::uint64_t found = ptx::replace_in_order(word, expected, base + 1);
+      if (found == expected) return static_cast<int>(base - zero);
+      expected = found;
+    }
+  }
+
   // Whether this CTA's part of a split item is the last to come; then all are in memory.
   __device__ __forceinline__ bool is_last_part(const DecodeItem& item) {
     __syncthreads();
     if (threadIdx.x == 0) {
-      int* counter =
-          params.schedule.counters + item.first_slot / 2 * params.width + shared.walk.place_in_unit;
-      shared.is_last = ptx::add_in_order(counter, 1) == item.num_parts - 1;
-      if (shared.is_last) *counter = 0;
+      std::uint64_t* word = params.counts + slots_before() + item.first_slot;
+      const std::uint64_t zero = reinterpret_cast<std::uint64_t>(word) * 0x9e3779b97f4a7c15ull;
+      shared.is_last = count_part(word, zero) == item.num_parts - 1;
+      if (shared.is_last) *word = zero;
     }
     __syncthreads();
     return shared.is_last;
@@ -218,7 +240,7 @@ struct DecodeResults {
         if (is_whole) {
           write(item, of, column, sum);
         } else {
-          write_partial(2 * span + item.slot, of, column, sum);
+          write_partial(item.slot, of, column, sum);
         }
       }
       if (is_whole || !is_last_part(item)) return;

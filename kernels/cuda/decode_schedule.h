@@ -46,23 +46,6 @@ PARALLAX_HOST_DEVICE constexpr int decode_ctas_per_sm(int padded_head_dim) {
   return padded_head_dim <= 128 ? 2 : 1;
 }
 
-// The work as a line of blocks: sequence by sequence, in a sequence unit by unit (`width` pairs of
-// key/value head and pass over the rows, which run side by side), in a unit block by block of keys.
-// A span is a piece of the line, as long as every other to a block; a CTA takes one of it for one
-// of the `width` pairs. What it finds of one unit is an item; an item that goes on in the next span
-// is split.
-struct alignas(16) DecodeSpan {
-  int sequence;  // of the first block, and so on
-  int unit;
-  int block;
-  int num_blocks;  // 0: this span and all after it are empty
-  int kv_begin;    // of the first sequence
-  int kv_end;
-  // Twice the span where the first item begins, plus 1 if it is not the first item there.
-  int first_slot;
-  int last_span;  // where the last item ends
-};
-
 // The blocks of a sequence's keys, counted from key 0: at least one, so that a sequence without
 // visible keys is an item too.
 struct DecodeBlocks {
@@ -79,20 +62,67 @@ PARALLAX_HOST_DEVICE inline DecodeBlocks decode_blocks(const RowMask& mask, int 
   return {keys, first, ceil_div(keys.end, block_keys) - first};
 }
 
-// a / b of numbers that are not negative, in 32 bits where they fit: a tenth of the time.
-PARALLAX_HOST_DEVICE inline std::int64_t decode_divide(std::int64_t a, std::int64_t b) {
-  if (((a | b) >> 32) != 0) return a / b;
-  return static_cast<std::uint32_t>(a) / static_cast<std::uint32_t>(b);
+// a / b of numbers that are not negative: a little less code than with signs.
+PARALLAX_HOST_DEVICE inline int decode_divide(int a, int b) {
+  return static_cast<int>(static_cast<unsigned>(a) / static_cast<unsigned>(b));
 }
 
-// Of a line of `total` blocks in `spans` spans, none empty: where span `span` begins, and which one
-// holds block x.
-PARALLAX_HOST_DEVICE inline std::int64_t decode_span_begin(std::int64_t total, int spans,
-                                                           int span) {
-  return decode_divide(total * span, spans);
+// The work as a line of blocks: sequence by sequence, in a sequence unit by unit (`width` pairs of
+// key/value head and pass over the rows, which run side by side), in a unit block by block of keys.
+// What one unit has of the line is an item. The line is cut into spans of `length` blocks, the
+// first `longer` of them of one more, the last of what is left; an item that goes on in the next
+// span is split.
+struct DecodeCut {
+  int total;  // blocks
+  int length;
+  int longer;
+
+  // Where a span begins (beyond the last: at the line's end), and which one holds a block.
+  PARALLAX_HOST_DEVICE int begin(int span) const {
+    const std::int64_t at = std::int64_t{span} * length + (span < longer ? span : longer);
+    return at < total ? static_cast<int>(at) : total;
+  }
+  PARALLAX_HOST_DEVICE int span_of(int block) const {
+    const int rest = block - longer * (length + 1);
+    return rest < 0 ? decode_divide(block, length + 1) : longer + decode_divide(rest, length);
+  }
+};
+
+// How the line is cut into at most `max_spans` spans. Memory is the bound, so what counts is that
+// all spans end together, not how many there are: where all items are as long, up to a quarter less
+// are taken if each is then `whole` items; and of short ones no more than keep all as short.
+struct DecodeSpans {
+  int max_spans = 1;
+  int whole = 0;  // 0: never
+
+  // Each item has between `least` and `most` of the `total` blocks.
+  PARALLAX_HOST_DEVICE DecodeCut cut(int total, int least, int most) const {
+    constexpr int kShort = 8;
+    if (whole > 0 && least == most) return {total, whole * least, 0};
+    const int length = decode_divide(total, max_spans);
+    const int longer = total - length * max_spans;
+    if (length < kShort && longer > 0) return {total, length + 1, 0};
+    return {total, length, longer};
+  }
+};
+
+constexpr DecodeSpans decode_spans(std::int64_t items, int max_spans) {
+  constexpr std::int64_t kMany = 64;  // of them a split one is not noticed
+  std::int64_t whole = (items - 1) / max_spans + 1;
+  for (; whole <= kMany && 4 * items >= 3 * max_spans * whole; ++whole) {
+    if (items % whole == 0) return {max_spans, static_cast<int>(whole)};
+  }
+  return {max_spans, 0};
 }
-PARALLAX_HOST_DEVICE inline int decode_span_of(std::int64_t total, int spans, std::int64_t x) {
-  return static_cast<int>(decode_divide((x + 1) * spans - 1, total));
-}
+
+// Where a span begins; where it ends, the cut says.
+struct alignas(16) DecodeSpan {
+  int sequence;
+  int unit;
+  int block;     // of the unit's
+  int kv_begin;  // of the sequence
+  int kv_end;
+  DecodeCut cut;
+};
 
 }  // namespace parallax

@@ -77,24 +77,18 @@ struct DecodeItem {
   Range interior;  // seen by every row
   int first_key;   // of the part
   int num_blocks;
-  bool is_whole;   // else the part goes to `slot` of the span, and of all parts
-  int slot;        // the first lies in
-  int first_slot;  // (DecodeSpan::first_slot)
+  bool is_whole;  // else the part goes to `slot`; of all parts the first lies in `first_slot`,
+  int slot;       // and the others, each the first item of its span, in every second from there
+  int first_slot;
   int num_parts;
-  float s_factor;  // of q.k, log2(e) included; of r.k; and of o: what an FP8 cache stands for
-  float t_factor;
-  float v_factor;
 };
 
 // Where in its span a CTA is: the next item's place.
 struct DecodeWalk {
-  DecodeSpan span;
-  int sequence;
-  int unit;
-  int block;
-  int left;           // blocks of the span from here on
-  int place_in_unit;  // which of the unit's pairs is this CTA's
-  RowMask mask;
+  DecodeSpan place;
+  RowMask mask;  // of the place's sequence
+  int at;        // the place in the line of blocks
+  int left;      // blocks of the span from here on
 };
 
 // Row `index` of a call's group * q_len, token by token.

@@ -90,11 +90,22 @@ __device__ __forceinline__ void fence_async_proxy() {
 
 // Adds to *counter and returns what it was. What this thread (or its CTA, before a barrier) has
 // written is there for whoever counts later; what others wrote before they counted is there for it.
-__device__ __forceinline__ int add_in_order(int* counter, int value) {
-  int before;
-  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
-               : "=r"(before)
-               : "l"(counter), "r"(value)
+__device__ __forceinline__ std::uint64_t add_in_order(std::uint64_t* counter, std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+               : "=l"(before)
+               : "l"(counter), "l"(value)
+               : "memory");
+  return before;
+}
+// The same where *counter is `expected`; else it stays.
+__device__ __forceinline__ std::uint64_t replace_in_order(std::uint64_t* counter,
+                                                          std::uint64_t expected,
+                                                          std::uint64_t value) {
+  std::uint64_t before;
+  asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+               : "=l"(before)
+               : "l"(counter), "l"(expected), "l"(value)
                : "memory");
   return before;
 }

@@ -186,9 +186,9 @@ def decode_schedule(
 ) -> Tensor:
     """Which part of a GPU reads which keys: once a step, for the decode of every layer.
 
-    Hand it to decode calls of the same shapes and lengths, one after the other (they must not
-    overlap). q and k_cache give the shapes; their values are not read. Without a schedule each
-    decode makes its own; the CPU needs none.
+    Hand it to decode calls of the same shapes and lengths, which only read it. q and k_cache give
+    the shapes; their values are not read. Without a schedule each decode finds its own; the CPU
+    needs none.
     """
     return _ops.decode_schedule(
         q, k_cache, kv_lens=kv_lens, kv_start=kv_start, page_table=page_table, window=window

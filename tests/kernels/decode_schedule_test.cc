@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <random>
+#include <string>
 
 namespace parallax::tests {
 namespace {
@@ -13,31 +14,71 @@ namespace {
 TEST(DecodeSchedule, SpansCutALineIntoEqualPieces) {
   std::mt19937 generator(1);
   for (int repeat = 0; repeat < 300; ++repeat) {
-    const int spans = 1 + static_cast<int>(generator() % 300);
-    const std::int64_t total = spans + static_cast<int>(generator() % 3000);
-    EXPECT_EQ(decode_span_begin(total, spans, 0), 0);
-    EXPECT_EQ(decode_span_begin(total, spans, spans), total);
-    for (int span = 0; span < spans; ++span) {
-      const std::int64_t begin = decode_span_begin(total, spans, span);
-      const std::int64_t end = decode_span_begin(total, spans, span + 1);
-      EXPECT_GE(end - begin, total / spans);
-      EXPECT_LE(end - begin, total / spans + 1);
-      for (std::int64_t x = begin; x < end; ++x) {
-        ASSERT_EQ(decode_span_of(total, spans, x), span) << total << " in " << spans;
+    const int max_spans = 1 + static_cast<int>(generator() % 300);
+    const int items = 1 + static_cast<int>(generator() % 40);
+    const int total = items + static_cast<int>(generator() % 3000);
+    const DecodeCut cut = decode_spans(items, max_spans).cut(total, 1, total + 1);
+    const std::string name = std::to_string(total) + " in " + std::to_string(max_spans);
+    EXPECT_EQ(cut.begin(0), 0) << name;
+    EXPECT_EQ(cut.begin(max_spans), total) << name;
+    const int longest = (total + max_spans - 1) / max_spans;
+    for (int span = 0; span < max_spans; ++span) {
+      const int size = cut.begin(span + 1) - cut.begin(span);
+      EXPECT_LE(size, longest) << name;
+      if (longest > 8) {
+        EXPECT_GE(size, total / max_spans) << name;
+      }
+      for (int x = cut.begin(span); x < cut.begin(span + 1); ++x) {
+        ASSERT_EQ(cut.span_of(x), span) << name;
       }
     }
   }
 }
 
 TEST(DecodeSchedule, SpansOfALongLine) {
-  constexpr std::int64_t kTotal = 2147483647;
-  for (int span = 0; span < 1000; ++span) {
-    const std::int64_t begin = decode_span_begin(kTotal, 1000, span);
-    EXPECT_EQ(decode_span_of(kTotal, 1000, begin), span);
-    if (span > 0) {
-      EXPECT_EQ(decode_span_of(kTotal, 1000, begin - 1), span - 1);
+  constexpr int kTotal = 2147483647;
+  for (int max_spans : {1, 2, 33, 264, 1000}) {
+    const DecodeCut cut = decode_spans(1, max_spans).cut(kTotal, kTotal, kTotal);
+    EXPECT_EQ(cut.begin(max_spans), kTotal);
+    for (int span = 0; span < max_spans; ++span) {
+      const int begin = cut.begin(span);
+      ASSERT_LT(begin, kTotal);
+      EXPECT_EQ(cut.span_of(begin), span);
+      if (span > 0) {
+        EXPECT_EQ(cut.span_of(begin - 1), span - 1);
+      }
     }
+    EXPECT_EQ(cut.span_of(kTotal - 1), max_spans - 1);
   }
+}
+
+TEST(DecodeSchedule, EqualItemsStayWholeWhereThatTakesAQuarterLessSpansOrFewer) {
+  struct Row {
+    int items, max_spans, whole;
+  };
+  for (const Row& row :
+       {Row{32, 33, 1}, Row{128, 33, 4}, Row{33, 33, 1}, Row{25, 33, 1}, Row{24, 33, 0},
+        Row{1, 33, 0}, Row{8, 33, 0}, Row{40, 33, 0}, Row{66, 33, 2}, Row{130, 33, 5},
+        Row{264, 264, 1}, Row{197, 264, 0}, Row{198, 264, 1}, Row{1, 1, 1}, Row{7, 1, 7}}) {
+    const DecodeSpans spans = decode_spans(row.items, row.max_spans);
+    const std::string name = std::to_string(row.items) + " in " + std::to_string(row.max_spans);
+    EXPECT_EQ(spans.whole, row.whole) << name;
+    const int total = 64 * row.items;
+    if (row.whole > 0) {
+      EXPECT_EQ(spans.cut(total, 64, 64).length, 64 * row.whole) << name;
+      EXPECT_EQ(spans.cut(total, 64, 64).begin(row.max_spans), total) << name;
+    }
+    // Items of other lengths are cut anywhere, short ones into no more spans than needed.
+    EXPECT_EQ(spans.cut(total, 63, 65).begin(1), (total - 1) / row.max_spans + 1) << name;
+    EXPECT_EQ(spans.cut(total, 63, 65).begin(row.max_spans), total) << name;
+  }
+}
+
+TEST(DecodeSchedule, OfShortSpansThereAreNoMoreThanKeepAllAsShort) {
+  const DecodeCut cut = decode_spans(1, 33).cut(64, 64, 64);
+  EXPECT_EQ(cut.begin(1), 2);
+  EXPECT_EQ(cut.begin(31), 62);
+  EXPECT_EQ(cut.begin(32), 64);
 }
 
 // Every key that some query sees lies in a block; the first and last block hold one.
