@@ -65,8 +65,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> decode_with_stats(
     const at::Tensor& kv_lens, const DecodeOptions& options = {});
 
 // Which part of a GPU reads which keys, uint8: made once a step from the lengths, then handed to
-// the decode of every layer with the same shapes and lengths (DecodeOptions::schedule; calls that
-// share one must not overlap). Without it each decode makes its own. The CPU does not look at it.
+// the decode of every layer with the same shapes and lengths (DecodeOptions::schedule). Without it
+// each decode finds its own. The CPU does not look at it.
 at::Tensor decode_schedule(const at::Tensor& q, const at::Tensor& k_cache,
                            const at::Tensor& kv_lens, const DecodeOptions& options = {});
 

@@ -119,7 +119,7 @@ struct DecodeArgs {
   void* lse = nullptr;    // optional
   void* t_bar = nullptr;  // optional
   StateView state;        // all five or none
-  // Of schedule(), on CUDA; null: run() makes its own. The CPU does not look at it.
+  // Of schedule(), on CUDA; null: each run() finds its own. The CPU does not look at it.
   void* schedule = nullptr;
 };
 
@@ -178,8 +178,7 @@ Status run(const DecodePlan& plan, const DecodeArgs& args, void* workspace, Stre
 
 // CUDA. Who computes which keys, from the lengths in `sequences`: once a step, then handed to the
 // run() of every layer with the same plan and lengths (DecodeArgs::schedule). `schedule` is device
-// memory of schedule_bytes(plan) bytes aligned to 256. Runs count in it and leave it as they found
-// it: those that share one must not overlap.
+// memory of schedule_bytes(plan) bytes aligned to 256, which runs only read.
 Status schedule(const DecodePlan& plan, const Sequences& sequences, void* schedule, Stream stream);
 
 // Fills *device with CUDA device `index`: what plan() needs to know of it.
