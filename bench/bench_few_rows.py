@@ -23,8 +23,7 @@ class Call(ctypes.Structure):
         [(n, ctypes.c_int64) for n in ("rows", "in", "out", "x_stride", "w_stride", "y_stride")]
         + [("eps", ctypes.c_double)]
         + [(n, ctypes.c_int32) for n in ("form", "fp16", "device")]
-        + [(n, ctypes.c_void_p) for n in ("x", "w", "gain", "y", "next")]
-        + [("next_bytes", ctypes.c_int64)]
+        + [(n, ctypes.c_void_p) for n in ("x", "w", "gain", "y")]
         + [("message", ctypes.c_char * 256)]
     )
 
@@ -35,12 +34,11 @@ class Product:
     def __init__(self, form, x, w, y, gain=None):
         self.form, self.x, self.w, self.y, self.gain = form, x, w, y, gain
 
-    def ours(self, library, next=None):
+    def ours(self, library):
         gain = None if self.gain is None else self.gain.data_ptr()
         call = Call(self.x.shape[0], self.x.shape[1], self.y.shape[1], self.x.stride(0),
                     self.w.stride(0), self.y.stride(0), EPS, self.form, 0, 0, self.x.data_ptr(),
-                    self.w.data_ptr(), gain, self.y.data_ptr(), next and next.w.data_ptr(),
-                    next.w.nbytes if next else 0)
+                    self.w.data_ptr(), gain, self.y.data_ptr())
         return lambda: enqueue(library.parallax_few_rows, call)
 
     def torch(self):
@@ -105,10 +103,7 @@ def main():
         for name, products, calls in rows_of_table(rows):
             if arguments.only not in name:
                 continue
-            after = products[1:] + [None]  # the head's weights are more than a cache holds
-            runs = {lib: [p.ours(library, n if name != "head" else None)
-                          for p, n in zip(products, after)]
-                    for lib, library in found.items()}
+            runs = {lib: [p.ours(library) for p in products] for lib, library in found.items()}
             runs["LibTorch"] = [p.torch for p in products]
             replays = able(runs, captured)
             times = {key: 1e3 * ms / calls for key, ms in medians(replays, arguments.rounds).items()}

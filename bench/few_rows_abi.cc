@@ -15,8 +15,6 @@ struct ParallaxFewRows {
   const void* w;
   const void* gain;
   void* y;
-  const void* next;
-  std::int64_t next_bytes;
   char message[256];
 };
 
@@ -27,9 +25,8 @@ __attribute__((visibility("default"))) int parallax_few_rows(ParallaxFewRows* ca
     const parallax::FewRowsProblem problem{
         call->fp16 ? parallax::DType::kFloat16 : parallax::DType::kBFloat16, call->rows, call->in,
         call->out, static_cast<parallax::FewRowsForm>(call->form)};
-    const parallax::FewRowsArgs args{call->x,    call->x_stride,  call->w, call->w_stride,
-                                     call->gain, call->eps,       call->y, call->y_stride,
-                                     call->next, call->next_bytes};
+    const parallax::FewRowsArgs args{call->x,    call->x_stride, call->w, call->w_stride,
+                                     call->gain, call->eps,      call->y, call->y_stride};
     status = parallax::few_rows(problem, args, device, stream);
   }
   if (status.ok()) return 0;

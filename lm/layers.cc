@@ -147,9 +147,9 @@ at::Tensor project_normed(const at::Tensor& x, const Norm& norm,
 }
 
 at::Tensor swiglu_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& gate,
-                         const at::Tensor& up, const at::Tensor& next) {
+                         const at::Tensor& up) {
   if (const at::Tensor w = few_rows_weight(x, {gate, up}); w.defined()) {
-    return ops::few_rows_swiglu(x, w, input_norm(x, norm), next);
+    return ops::few_rows_swiglu(x, w, input_norm(x, norm));
   }
   return swiglu(project(rms_norm(x, norm.gain, norm.eps), {gate, up}));
 }

@@ -49,8 +49,7 @@ struct Norm {
 };
 
 // What a step of generation is made of, without gradients. On a GPU, for a few rows and weights as
-// join_weights leaves them, each is one kernel (ops/step.h), which may ask memory for `next`,
-// the weights that are read after it (undefined: none).
+// join_weights leaves them, each is one kernel (ops/step.h).
 
 // The weights in one where these kernels take them with x, else undefined.
 at::Tensor few_rows_weight(const at::Tensor& x, const std::vector<at::Tensor>& weights);
@@ -62,9 +61,10 @@ at::Tensor project_normed(const at::Tensor& x, const Norm& norm,
 
 // swiglu(project(rms_norm(x), {gate, up})).
 at::Tensor swiglu_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& gate,
-                         const at::Tensor& up, const at::Tensor& next = {});
+                         const at::Tensor& up);
 
-// residual + project(x, {w}); on a GPU in residual's place.
+// residual + project(x, {w}); on a GPU in residual's place. `next`: weights that are read soon
+// after and asked of memory meanwhile (ops/step.h), or undefined.
 at::Tensor project_onto(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& w,
                         const at::Tensor& next = {});
 

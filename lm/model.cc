@@ -28,13 +28,12 @@ class FeedForward : public torch::nn::Module {
     return project(swiglu(project(x, {gate_proj_->weight, up_proj_->weight})),
                    {down_proj_->weight});
   }
-  // residual, whose memory may serve, plus the same of the normed residual. `next`: as
-  // project_onto.
-  at::Tensor forward_cached(const at::Tensor& residual, const Norm& norm, const at::Tensor& next) {
-    const at::Tensor inner =
-        swiglu_normed(residual, norm, gate_proj_->weight, up_proj_->weight, down_proj_->weight);
-    return project_onto(residual, inner, down_proj_->weight, next);
+  // residual, whose memory may serve, plus the same of the normed residual.
+  at::Tensor forward_cached(const at::Tensor& residual, const Norm& norm) {
+    const at::Tensor inner = swiglu_normed(residual, norm, gate_proj_->weight, up_proj_->weight);
+    return project_onto(residual, inner, down_proj_->weight);
   }
+  // What that reads first, where it is a kernel of few_rows_weight's kind.
   at::Tensor first_weights(const at::Tensor& residual) const {
     return few_rows_weight(residual, {gate_proj_->weight, up_proj_->weight});
   }
@@ -59,13 +58,10 @@ class DecoderLayer : public torch::nn::Module {
   void begin_cached(CachedForward& call, std::int64_t len) const {
     mixer_->begin_cached(call, len);
   }
-  // `after`: the next layer, if there is one.
-  at::Tensor forward_cached(const at::Tensor& x, CachedForward& call, std::int64_t layer,
-                            const DecoderLayer* after) {
+  at::Tensor forward_cached(const at::Tensor& x, CachedForward& call, std::int64_t layer) {
     call.next = ffn_->first_weights(x);
     const at::Tensor y = mixer_->forward_cached(x, {input_norm_->weight, eps_}, call, layer);
-    const at::Tensor next = after ? after->mixer_->first_weights(x) : at::Tensor();
-    return ffn_->forward_cached(y, {ffn_norm_->weight, eps_}, next);
+    return ffn_->forward_cached(y, {ffn_norm_->weight, eps_});
   }
   void prepare_for_inference(at::ScalarType dtype) {
     for (const auto& norm : {input_norm_, ffn_norm_}) join_weights({norm}, dtype);
@@ -213,8 +209,7 @@ at::Tensor CausalLm::decode(const at::Tensor& tokens, KvCache& cache, RowRange r
   if (!layers_.empty()) layers_.front()->begin_cached(call, tokens.size(1));
   at::Tensor x = embed(tokens);
   for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
-    const DecoderLayer* after = layer + 1 < layers_.size() ? layers_[layer + 1].get() : nullptr;
-    x = layers_[layer]->forward_cached(x, call, static_cast<std::int64_t>(layer), after);
+    x = layers_[layer]->forward_cached(x, call, static_cast<std::int64_t>(layer));
   }
   const at::ScalarType dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
   return project_normed(x.select(1, -1), {norm_->weight, config_.rms_norm_eps}, {head_weight()},

@@ -96,12 +96,12 @@ at::Tensor few_rows_product(const at::Tensor& x, const at::Tensor& w,
 }
 
 at::Tensor few_rows_swiglu(const at::Tensor& x, const at::Tensor& w,
-                           const std::optional<InputNorm>& norm, const at::Tensor& next) {
+                           const std::optional<InputNorm>& norm) {
   check_input(x, w, norm);
   TORCH_CHECK_VALUE(w.size(0) % 2 == 0, "parallax::", kName,
                     ": w: expected gate above up, an even number of rows, got ", w.sizes());
   const at::Tensor y = empty_like_rows(x, w.size(0) / 2, x.scalar_type());
-  run(x, w, norm, y, FewRowsForm::kSwiGlu, next);
+  run(x, w, norm, y, FewRowsForm::kSwiGlu);
   return y;
 }
 

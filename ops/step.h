@@ -22,8 +22,6 @@ struct InputNorm {
   double eps = 1e-6;
 };
 
-// `next` below: weights that the kernels after this one read; it may be undefined.
-
 // Whether the functions below take x [..., in] and w [out, in]: 1 to 16 rows in all on a GPU, both
 // bfloat16 or both float16, rows aligned to 16 bytes.
 bool takes_few_rows(const at::Tensor& x, const at::Tensor& w);
@@ -34,9 +32,10 @@ at::Tensor few_rows_product(const at::Tensor& x, const at::Tensor& w,
 
 // silu(x gate^T) * (x up^T) [..., size], w [2 size, in] being gate above up.
 at::Tensor few_rows_swiglu(const at::Tensor& x, const at::Tensor& w,
-                           const std::optional<InputNorm>& norm, const at::Tensor& next = {});
+                           const std::optional<InputNorm>& norm);
 
-// y += x w^T, y [..., out] contiguous.
+// y += x w^T, y [..., out] contiguous. `next`: weights that kernels after this one read, asked into
+// the L2 cache meanwhile, or undefined.
 void few_rows_add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& w,
                   const at::Tensor& next = {});
 

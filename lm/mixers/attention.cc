@@ -101,10 +101,6 @@ std::pair<at::Tensor, at::Tensor> Attention::append(const AttentionInputs& raw, 
   return {q, r_proj_ ? r : at::Tensor()};
 }
 
-at::Tensor Attention::first_weights(const at::Tensor& residual) const {
-  return few_rows_weight(residual, input_weights());
-}
-
 // The gains of the heads stay in float32, as append_kv takes them.
 void Attention::prepare_for_inference(at::ScalarType dtype) {
   std::vector<std::shared_ptr<Weight>> inputs{q_proj_, k_proj_, v_proj_};

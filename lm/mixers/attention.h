@@ -20,7 +20,6 @@ class Attention : public Mixer {
   at::Tensor forward(const at::Tensor& x, const Rope& rope) final;
   at::Tensor forward_cached(const at::Tensor& residual, const Norm& norm, CachedForward& call,
                             std::int64_t layer) final;
-  at::Tensor first_weights(const at::Tensor& residual) const final;
   void prepare_for_inference(at::ScalarType dtype) final;
   AttentionInputs attention_inputs(const at::Tensor& x, const Rope& rope) final;
 

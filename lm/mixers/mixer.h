@@ -49,9 +49,6 @@ class Mixer : public torch::nn::Module {
   virtual at::Tensor forward_cached(const at::Tensor& residual, const Norm& norm,
                                     CachedForward& call, std::int64_t layer) = 0;
 
-  // The weights that forward_cached reads first, as few_rows_weight gives them.
-  virtual at::Tensor first_weights(const at::Tensor& residual) const = 0;
-
   // Lays the weights out for inference (CausalLm::prepare_for_inference).
   virtual void prepare_for_inference(at::ScalarType dtype) = 0;
 
