@@ -83,7 +83,7 @@ struct DecodeCut {
     return at < total ? static_cast<int>(at) : total;
   }
   PARALLAX_HOST_DEVICE int span_of(int block) const {
-    const int rest = block - longer * (length + 1);
+    const int rest = block - longer * length - longer;  // length + 1 may be too large for an int
     return rest < 0 ? decode_divide(block, length + 1) : longer + decode_divide(rest, length);
   }
 };
