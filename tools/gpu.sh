@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # gpu.sh [BUILD] [checks|tables]: checks the CUDA kernels and what stands on them on this machine's
-# GPU, then times them beside the best softmax kernels and prints the tables, about five minutes in
-# all; or one of the two. Needs this checkout and what `make test` left in BUILD (default: build):
+# GPU, then times them beside the best softmax kernels and prints the tables, three to four minutes
+# in all; or one of the two. Needs this checkout and what `make test` left in BUILD (default: build):
 # both travel to a GPU machine as they are, nothing is fetched or set up there. PYTHON (default:
 # python3) names a Python with torch, and pytest for the operators' checks; without torch only the
 # kernels are checked. Baselines that it cannot import are left out (FlashAttention-3: the package

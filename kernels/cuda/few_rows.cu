@@ -80,7 +80,7 @@ Status launch(FewRowsParams params, const Device& device, cudaStream_t stream) {
     if (Status s = check_cuda(error, "few_rows: cudaFuncSetAttribute"); !s.ok()) return s;
   }
   return check_cuda(
-      launch_kernel(device.compute_capability >= 90, kernel, divide_up(params.out, params.advance),
+      launch_kernel(device.compute_capability >= 90, kernel, ceil_div(params.out, params.advance),
                     32 * warps, shared_bytes, stream, params),
       "few_rows: launch");
 }
@@ -88,8 +88,8 @@ Status launch(FewRowsParams params, const Device& device, cudaStream_t stream) {
 template <class T, int kTiles>
 Status launch(const FewRowsParams& params, const Device& device, cudaStream_t stream) {
   // Groups of eight rows where pairs of them would leave multiprocessors without any.
-  const bool pairs = params.form == FewRowsForm::kSwiGlu ||
-                     divide_up(params.out, 2 * kGroupRows) >= device.num_sms;
+  const bool pairs =
+      params.form == FewRowsForm::kSwiGlu || ceil_div(params.out, 2 * kGroupRows) >= device.num_sms;
   return pairs ? launch<T, kTiles, 2>(params, device, stream)
                : launch<T, kTiles, 1>(params, device, stream);
 }
@@ -146,10 +146,9 @@ Status check_args(const FewRowsArgs& args) {
   return {};
 }
 
-}  // namespace
-
-Status few_rows_params(const FewRowsProblem& problem, const FewRowsArgs& args, const Device& device,
-                       FewRowsParams* params) {
+// Params without what depends on the grid.
+Status params_of(const FewRowsProblem& problem, const FewRowsArgs& args, const Device& device,
+                 FewRowsParams* params) {
   if (Status s = check_problem(problem); !s.ok()) return s;
   if (Status s = check_args(args); !s.ok()) return s;
   if (device.kind != Device::Kind::kCuda || device.compute_capability < 80) {
@@ -166,10 +165,12 @@ Status few_rows_params(const FewRowsProblem& problem, const FewRowsArgs& args, c
   return {};
 }
 
+}  // namespace
+
 Status few_rows(const FewRowsProblem& problem, const FewRowsArgs& args, const Device& device,
                 Stream stream) {
   FewRowsParams params;
-  if (Status s = few_rows_params(problem, args, device, &params); !s.ok()) return s;
+  if (Status s = params_of(problem, args, device, &params); !s.ok()) return s;
   if (args.y == nullptr) return Status::invalid_argument("y: it is null");
   const DeviceScope scope(device.index);
   if (!scope.status().ok()) return scope.status();

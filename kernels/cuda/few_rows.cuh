@@ -22,6 +22,7 @@
 
 #include "cuda/early_launch.cuh"
 #include "cuda/mma.cuh"
+#include "cuda/schedule.h"
 #include "parallax/step.h"
 
 namespace parallax {
@@ -308,18 +309,12 @@ struct FewRowsCta {
   Warp work;
 };
 
-// Whether problem and arguments fit, and params without what depends on the grid.
-Status few_rows_params(const FewRowsProblem& problem, const FewRowsArgs& args, const Device& device,
-                       FewRowsParams* params);
-
-inline int divide_up(int a, int b) { return (a + b - 1) / b; }
-
 // Shares the columns out to warps. -> how many a CTA has.
 template <class Shape>
 int share_columns(FewRowsParams* params) {
-  const int slices = divide_up(params->in, Shape::kColumns);
-  params->rounds = divide_up(slices, kMaxWarps);
-  return std::max(divide_up(slices, params->rounds), Shape::kFinishing);
+  const int slices = ceil_div(params->in, Shape::kColumns);
+  params->rounds = ceil_div(slices, kMaxWarps);
+  return std::max(ceil_div(slices, params->rounds), Shape::kFinishing);
 }
 
 }  // namespace parallax

@@ -77,7 +77,6 @@ Status run_portable_forward(const ForwardPlan& plan, const ForwardArgs& args, cu
   params.v_bar = args.v_bar;
   params.lse = static_cast<float*>(args.lse);
   params.t_bar = static_cast<float*>(args.t_bar);
-  // Positive, so that a hidden logit of -inf stays -inf.
   params.scale_log2 = static_cast<float>(problem.scale * M_LOG2E);
   params.group = static_cast<int>(problem.num_q_heads / problem.num_kv_heads);
   params.grid = grid_of(problem);

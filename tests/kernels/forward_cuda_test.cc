@@ -49,8 +49,8 @@ Results exact_on_cpu(Case c) {
 void expect_close(const Case& c, const Results& ours, const Results& exact) {
   const std::string name =
       c.name + ", " + name_of(c.problem.dtype) + ", head_dim " + std::to_string(c.problem.head_dim);
-  EXPECT_LE(relative_error(ours.o, exact.o), kLargestError) << name;
-  EXPECT_LE(relative_error(ours.v_bar, exact.v_bar), kLargestError) << name;
+  EXPECT_LE(relative_or_absolute_error(ours.o, exact.o), kLargestError) << name;
+  EXPECT_LE(relative_or_absolute_error(ours.v_bar, exact.v_bar), kLargestError) << name;
   EXPECT_LE(distance(ours.lse, exact.lse), 1e-4 * std::max(1.0, largest(exact.t_bar))) << name;
   EXPECT_LE(distance(ours.t_bar, exact.t_bar), 1e-4 * std::max(1.0, largest(exact.t_bar))) << name;
 }
@@ -74,7 +74,7 @@ TEST_P(ForwardCuda, HoldsTheErrorRule) {
     const Results ours = forward(c);
     EXPECT_EQ(error_rule(c, ours, *expected[i]), "")
         << name_of(c.problem.dtype) << ", head_dim " << c.problem.head_dim;
-    EXPECT_LE(relative_error(ours.o, expected[i]->exact.o), kLargestError)
+    EXPECT_LE(relative_or_absolute_error(ours.o, expected[i]->exact.o), kLargestError)
         << c.name << ", " << name_of(c.problem.dtype) << ", head_dim " << c.problem.head_dim;
   }
 }

@@ -28,8 +28,10 @@ Results oracle(const Case& c, DType arithmetic = DType::kFloat64);
 double distance(const Values& a, const Values& b);
 double largest(const Values& values);
 
-// The Frobenius norm of ours - exact, over that of exact unless it is 0.
+// The Frobenius norm of ours - exact, over that of exact; infinite where exact is 0 and ours not.
 double relative_error(const Values& ours, const Values& exact);
+// The same, but the norm of ours where exact is 0: of kernels that round what cancels on paper.
+double relative_or_absolute_error(const Values& ours, const Values& exact);
 
 // The error rule: for o and each gradient, max|ours - exact| <= 2 max|eager - exact| + slack, with
 // slack 1e-5 max(1, max|dO| max|v| max|k|). Returns "" or what broke it.

@@ -144,7 +144,7 @@ TEST_P(Operations, InAnyOrderHoldWhatPlainVectorsHold) {
   // Room for two full rows and a half, so that the pool runs dry now and then.
   const KvCacheShape shape{kRows, kMaxLen, page_size, 100 / page_size};
   int full = 0, copies = 0;
-  for (std::uint32_t seed = 0; seed < 6; ++seed) {
+  for (std::uint32_t seed = 0; seed < 12; ++seed) {
     Twin twin(shape);
     std::mt19937 random(seed);
     const auto below = [&](std::int64_t bound) {
@@ -202,7 +202,7 @@ TEST_P(Operations, InAnyOrderHoldWhatPlainVectorsHold) {
   }
   EXPECT_GT(full, 5);
   if (page_size > 1) {
-    EXPECT_GT(copies, 2);
+    EXPECT_GT(copies, 5);
   }
 }
 
