@@ -342,7 +342,7 @@ Status launch(DType dtype, AppendParams params, int tokens, const Device& device
   }
   const auto kernel =
       dtype == DType::kFloat16 ? append_kernel<fp16, kThreads> : append_kernel<bf16, kThreads>;
-  return check_cuda(launch_kernel(device.compute_capability >= 90, kernel, tokens * params.blocks,
+  return check_cuda(launch_kernel(takes_hopper_kernels(device), kernel, tokens * params.blocks,
                                   threads, 0, stream, params),
                     "append_kv: launch");
 }

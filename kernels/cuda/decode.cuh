@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The Hopper decode: a few queries over a long cache, at the speed of memory (docs/kernels.md).
+// The decode: a few queries over a long cache, at the speed of memory (docs/kernels.md).
 //
 // A CTA walks its span of the schedule item by item. Each warp streams its own keys through its own
 // ring in shared memory (decode_keys.cuh), or a team of warps with rows of their own shares a ring;
@@ -15,9 +15,9 @@
 
 namespace parallax {
 
-template <class T, class Cache, int kHeadDim, int kRowTiles>
+template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
 struct DecodeCta {
-  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles>;
+  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles, kPortable>;
   static constexpr bool kIsFp8 = Shared::kIsFp8;
 
   static constexpr int kBlockKeys = decode_block_keys(sizeof(Cache));
@@ -84,7 +84,7 @@ struct DecodeCta {
   __device__ __forceinline__ void run() const {
     const int warp = ptx::uniform(threadIdx.x / 32);
     const int lane = static_cast<int>(threadIdx.x % 32);
-    DecodeKeys<T, Cache, kHeadDim, kRowTiles> keys{
+    DecodeKeys<T, Cache, kHeadDim, kRowTiles, kPortable> keys{
         params, shared, warp, lane, warp % params.team, warp / params.team};
     if (warp == 0) begin();
 #pragma unroll 1
@@ -95,55 +95,58 @@ struct DecodeCta {
       if (item.num_blocks == 0) return;
       keys.stream(item);
       keys.publish(item);
-      DecodeResults<T, Cache, kHeadDim, kRowTiles>{params, shared, place_in_unit, warp, lane}
+      DecodeResults<T, Cache, kHeadDim, kRowTiles, kPortable>{params, shared, place_in_unit, warp,
+                                                              lane}
           .finish(item);
       __syncthreads();
     }
   }
 };
 
-template <class T, class Cache, int kHeadDim, int kRowTiles>
-__global__ void __launch_bounds__(32 * kDecodeWarps, decode_ctas_per_sm(kHeadDim))
+template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
+__global__ void __launch_bounds__(32 * kDecodeWarps, decode_ctas_per_sm(kHeadDim, kPortable))
     decode_kernel(const __grid_constant__ DecodeParams params) {
   extern __shared__ __align__(1024) std::uint8_t shared_memory[];
-  auto& shared = *reinterpret_cast<DecodeShared<T, Cache, kHeadDim, kRowTiles>*>(shared_memory);
-  cudaTriggerProgrammaticLaunchCompletion();
-  if (!params.settled) cudaGridDependencySynchronize();
+  auto& shared =
+      *reinterpret_cast<DecodeShared<T, Cache, kHeadDim, kRowTiles, kPortable>*>(shared_memory);
+  start_next_kernel();
+  if (!params.settled) wait_for_last_kernel();
   const int span = static_cast<int>(blockIdx.x) / params.width;
   const int place_in_unit = static_cast<int>(blockIdx.x) - span * params.width;
-  DecodeCta<T, Cache, kHeadDim, kRowTiles>{params, shared, span, place_in_unit}.run();
+  DecodeCta<T, Cache, kHeadDim, kRowTiles, kPortable>{params, shared, span, place_in_unit}.run();
   // Where there was nothing to read: what comes after this kernel comes after the last one too.
-  cudaGridDependencySynchronize();
+  wait_for_last_kernel();
 }
 
-template <class T, class Cache, int kHeadDim, int kRowTiles>
+template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
 Status launch_decode_tiles(const DecodeParams& params, int blocks, cudaStream_t stream) {
-  constexpr int kSharedBytes = sizeof(DecodeShared<T, Cache, kHeadDim, kRowTiles>);
-  static_assert(decode_ctas_per_sm(kHeadDim) * (kSharedBytes + 1024) <= 228 * 1024);
-  const auto kernel = decode_kernel<T, Cache, kHeadDim, kRowTiles>;
+  constexpr int kSharedBytes = sizeof(DecodeShared<T, Cache, kHeadDim, kRowTiles, kPortable>);
+  static_assert(kSharedBytes <= decode_shared_bytes(kHeadDim, kPortable));
+  const auto kernel = decode_kernel<T, Cache, kHeadDim, kRowTiles, kPortable>;
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes);
   if (Status s = check_cuda(error, "decode: cudaFuncSetAttribute"); !s.ok()) return s;
-  return check_cuda(launch_early(kernel, blocks, 32 * kDecodeWarps, kSharedBytes, stream, params),
-                    "decode: launch");
+  return check_cuda(
+      launch_kernel(!kPortable, kernel, blocks, 32 * kDecodeWarps, kSharedBytes, stream, params),
+      "decode: launch");
 }
 
-template <class T, class Cache, int kHeadDim>
+template <class T, class Cache, int kHeadDim, bool kPortable>
 Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
                      cudaStream_t stream) {
   if constexpr (decode_row_tiles(kHeadDim, sizeof(Cache)) == 2) {
     if (shape.row_tiles == 2) {
-      return launch_decode_tiles<T, Cache, kHeadDim, 2>(params, blocks, stream);
+      return launch_decode_tiles<T, Cache, kHeadDim, 2, kPortable>(params, blocks, stream);
     }
   }
-  return launch_decode_tiles<T, Cache, kHeadDim, 1>(params, blocks, stream);
+  return launch_decode_tiles<T, Cache, kHeadDim, 1, kPortable>(params, blocks, stream);
 }
 
 }  // namespace parallax
 
-#define PARALLAX_DECODE_INSTANCE(type, cache, head_dim)                                       \
-  namespace parallax {                                                                        \
-  template Status launch_decode<type, cache, head_dim>(const DecodeParams&, DecodeShape, int, \
-                                                       cudaStream_t);                         \
+#define PARALLAX_DECODE_INSTANCE(type, cache, head_dim, portable)                                  \
+  namespace parallax {                                                                             \
+  template Status launch_decode<type, cache, head_dim, portable>(const DecodeParams&, DecodeShape, \
+                                                                 int, cudaStream_t);               \
   }
-#define PARALLAX_INSTANCE(type, head_dim) PARALLAX_DECODE_INSTANCE(type, type, head_dim)
+#define PARALLAX_INSTANCE(type, head_dim) PARALLAX_DECODE_INSTANCE(type, type, head_dim, false)

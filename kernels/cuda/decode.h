@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The Hopper decode between its host half (decode_plan.cc), its schedule (decode_schedule.cu) and
+// The decode between its host half (decode_plan.cc), its schedule (decode_schedule.cu) and
 // its device half (decode.cuh). docs/kernels.md has the why and the measurements.
 #pragma once
 
@@ -44,14 +44,14 @@ struct DecodeParams {
   bool settled = false;  // as run_settled() has it
 };
 
-// Enqueues the kernel of one instance (instances.txt). Cache: T or e4m3.
-template <class T, class Cache, int kHeadDim>
+// Enqueues the kernel of one instance (instances.txt, portable_instances.txt). Cache: T or e4m3.
+template <class T, class Cache, int kHeadDim, bool kPortable>
 Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
                      cudaStream_t stream);
 
-// Finds all spans, where a block is block_keys keys.
-Status launch_decode_schedule(const AttentionProblem& problem, const Sequences& sequences,
-                              int block_keys, DecodeSpans spans, int units, DecodeSpan* schedule,
-                              cudaStream_t stream);
+// Finds all spans, where a block is block_keys keys. `early`: as in early_launch.cuh.
+Status launch_decode_schedule(bool early, const AttentionProblem& problem,
+                              const Sequences& sequences, int block_keys, DecodeSpans spans,
+                              int units, DecodeSpan* schedule, cudaStream_t stream);
 
 }  // namespace parallax

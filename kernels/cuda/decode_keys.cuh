@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The Hopper decode, first half: a warp streams its keys and gathers the states of its rows.
+// The decode, first half: a warp streams its keys and gathers the states of its rows.
 //
 // In a 16-row tensor-core tile, row g is a query's q and row g + 8 its r (g < 8), so that one
 // product with K^T leaves a query's logits s and probes t in the same thread; p = exp(s - m) and
@@ -14,13 +14,14 @@
 #include <type_traits>
 
 #include "cuda/decode_state.cuh"
+#include "cuda/early_launch.cuh"
 #include "cuda/mma.cuh"
 
 namespace parallax {
 
-template <class T, class Cache, int kHeadDim, int kRowTiles>
+template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
 struct DecodeKeys {
-  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles>;
+  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles, kPortable>;
   static constexpr bool kIsFp8 = Shared::kIsFp8;
   // What the tensor cores multiply: fp16 holds every e4m3 number.
   using Operand = std::conditional_t<kIsFp8, fp16, T>;
@@ -65,7 +66,8 @@ struct DecodeKeys {
   }
 
   __device__ __forceinline__ std::uint32_t slice_address(int stage) const {
-    return ptx::shared_address(shared.ring[warp - member]) + stage * (2 * Shared::kSliceBytes);
+    return ptx::shared_address(shared.ring[(warp - member) / Shared::kLeastTeam]) +
+           stage * (2 * Shared::kSliceBytes);
   }
 
   // The page of key `first + lane % 16` (contiguous caches: the sequence), negative where the key
@@ -171,7 +173,7 @@ struct DecodeKeys {
   }
 
   __device__ __forceinline__ void load_rows(const DecodeItem& item) {
-    if (params.settled) cudaGridDependencySynchronize();
+    if (params.settled) wait_for_last_kernel();
     if constexpr (kIsFp8) k_scale = __ldg(params.k_scale + item.kv_head);
 #pragma unroll
     for (int tile = 0; tile < kRowTiles; ++tile) {
@@ -361,7 +363,7 @@ struct DecodeKeys {
     // The newest keys may still be on their way to the cache.
     const int first_loaded = key + (kStages - 2) * step + kKeys;
     if (params.settled && first_loaded > item.keys.end - static_cast<int>(params.problem.q_len)) {
-      cudaGridDependencySynchronize();
+      wait_for_last_kernel();
     }
     int to = 0;
     int from = 0;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The host half of the Hopper decode: what it takes, how many spans, where things lie, its launch.
+// The host half of the decode: what it takes, how many spans, where things lie, its launch.
 
 #include <algorithm>
 #include <bit>
@@ -34,14 +34,16 @@ int padded_head_dim(std::int64_t head_dim) {
 struct Geometry {
   Geometry(const AttentionProblem& problem, const Device& device) {
     padded = padded_head_dim(problem.head_dim);
+    portable = !takes_hopper_kernels(device);
     const int cache_bytes = cache_dtype(problem) == DType::kFloat8E4M3 ? 1 : 2;
     block_keys = decode_block_keys(cache_bytes);
     group = problem.num_q_heads / problem.num_kv_heads;
     rows = group * problem.q_len;
-    shape = decode_shape(padded, cache_bytes, rows);
+    shape = decode_shape(padded, cache_bytes, rows, portable);
     passes = std::max<std::int64_t>(ceil_div64(rows, shape.rows()), 1);
     const std::int64_t pairs = problem.num_kv_heads * passes;
-    const std::int64_t ctas = std::int64_t{device.num_sms} * decode_ctas_per_sm(padded);
+    const std::int64_t ctas =
+        std::int64_t{device.num_sms} * decode_ctas_per_sm(padded, portable, device.sm_shared_bytes);
     width = width_of(pairs, ctas);
     units = pairs / width;
     spans = std::max<std::int64_t>(ctas / width, 1);
@@ -64,6 +66,7 @@ struct Geometry {
   }
 
   int padded, block_keys;
+  bool portable;
   DecodeShape shape;
   DecodeSpans cut;
   std::int64_t group, rows, passes, width, units, spans, blocks;
@@ -199,17 +202,23 @@ DecodeParams params_of(const DecodePlan& plan, const Geometry& geometry, const D
   return params;
 }
 
-template <class T, class Cache>
-Status launch(const Geometry& geometry, const DecodeParams& params, cudaStream_t stream) {
+template <class T, class Cache, bool kPortable>
+Status launch_instance(const Geometry& geometry, const DecodeParams& params, cudaStream_t stream) {
   const int blocks = static_cast<int>(geometry.spans * geometry.width);
   switch (geometry.padded) {
     case 64:
-      return launch_decode<T, Cache, 64>(params, geometry.shape, blocks, stream);
+      return launch_decode<T, Cache, 64, kPortable>(params, geometry.shape, blocks, stream);
     case 128:
-      return launch_decode<T, Cache, 128>(params, geometry.shape, blocks, stream);
+      return launch_decode<T, Cache, 128, kPortable>(params, geometry.shape, blocks, stream);
     default:
-      return launch_decode<T, Cache, 256>(params, geometry.shape, blocks, stream);
+      return launch_decode<T, Cache, 256, kPortable>(params, geometry.shape, blocks, stream);
   }
+}
+
+template <class T, class Cache>
+Status launch(const Geometry& geometry, const DecodeParams& params, cudaStream_t stream) {
+  return geometry.portable ? launch_instance<T, Cache, true>(geometry, params, stream)
+                           : launch_instance<T, Cache, false>(geometry, params, stream);
 }
 
 }  // namespace
@@ -217,14 +226,7 @@ Status launch(const Geometry& geometry, const DecodeParams& params, cudaStream_t
 namespace cuda {
 
 Status plan_decode(const AttentionProblem& problem, const Device& device, DecodePlan* plan) {
-  if (device.compute_capability != 90) {
-    return Status::unsupported(
-        "decode: compute capability " + std::to_string(device.compute_capability / 10) + "." +
-        std::to_string(device.compute_capability % 10) + " has no kernel, 9.0 (Hopper) has");
-  }
-  if (problem.dtype != DType::kBFloat16 && problem.dtype != DType::kFloat16) {
-    return Status::unsupported("dtype: CUDA kernels take bf16 and fp16");
-  }
+  if (Status s = check_kernels("decode", problem, device); !s.ok()) return s;
   const Geometry geometry(problem, device);
   if (problem.q_len > kMaxLen || problem.kv_len > kMaxLen || geometry.rows > kMaxInt ||
       problem.batch >= kMaxInt || problem.num_kv_heads * geometry.passes > kMaxInt ||
@@ -253,9 +255,10 @@ Status schedule(const DecodePlan& plan, const Sequences& sequences, void* schedu
   const Geometry geometry(plan.problem, plan.device);
   AttentionProblem problem = plan.problem;
   problem.window = std::min(problem.window, kMaxLen);
-  return launch_decode_schedule(
-      problem, sequences, geometry.block_keys, geometry.cut, static_cast<int>(geometry.units),
-      static_cast<DecodeSpan*>(schedule), static_cast<cudaStream_t>(stream));
+  return launch_decode_schedule(!geometry.portable, problem, sequences, geometry.block_keys,
+                                geometry.cut, static_cast<int>(geometry.units),
+                                static_cast<DecodeSpan*>(schedule),
+                                static_cast<cudaStream_t>(stream));
 }
 
 namespace {

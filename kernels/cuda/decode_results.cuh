@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The Hopper decode, second half: what the warps of a CTA gathered of an item becomes its output,
+// The decode, second half: what the warps of a CTA gathered of an item becomes its output,
 // or a part of it in the workspace; the last CTA to bring a part merges them all, in order.
 #pragma once
 
@@ -8,9 +8,9 @@
 
 namespace parallax {
 
-template <class T, class Cache, int kHeadDim, int kRowTiles>
+template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
 struct DecodeResults {
-  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles>;
+  using Shared = DecodeShared<T, Cache, kHeadDim, kRowTiles, kPortable>;
   static constexpr bool kIsFp8 = Shared::kIsFp8;
   static constexpr int kColumns = kHeadDim / 4;  // of a row of floats, 16 bytes each
   static constexpr float kLn2 = 0.6931471805599453f;
@@ -170,13 +170,13 @@ struct DecodeResults {
   // Merges all parts of an item into shared memory, a crew of warps to a row. Returns how many
   // parts of a row are left there.
   __device__ __forceinline__ int merge_item(const DecodeItem& item) {
-    int crew = kDecodeWarps;
+    int crew = kDecodeWarps / Shared::kLeastTeam;
     while (crew > 1 && kDecodeWarps / crew < item.rows) crew /= 2;
     const int rank = warp % crew;
 #pragma unroll 1
     for (int of = warp / crew; of < item.rows; of += kDecodeWarps / crew) {
-      // More than one warp to a row is only where a team is one warp.
-      const int to = of / Shared::kWarpRows + rank;
+      // More than one warp to a row is only where a team is the least.
+      const int to = of / Shared::kWarpRows + rank * Shared::kLeastTeam;
       const int local = of % Shared::kWarpRows;
 #pragma unroll 1
       for (int column = 4 * lane; column < max(kHeadDim, 128); column += 128) {

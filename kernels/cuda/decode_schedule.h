@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// The arithmetic of the Hopper decode's work: how a CTA holds its rows, what a block of keys is,
+// The arithmetic of the decode's work: how a CTA holds its rows, what a block of keys is,
 // how the blocks of all sequences are cut into spans. Pure functions, the same on host and device.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "cuda/schedule.h"
@@ -33,17 +34,35 @@ PARALLAX_HOST_DEVICE constexpr int decode_row_tiles(int padded_head_dim, int cac
   return padded_head_dim <= 64 * cache_bytes ? 2 : 1;
 }
 
-constexpr DecodeShape decode_shape(int padded_head_dim, int cache_bytes, std::int64_t rows) {
-  DecodeShape shape{rows > 8 ? decode_row_tiles(padded_head_dim, cache_bytes) : 1, 1};
-  while (shape.team < kDecodeWarps && shape.rows() < rows) shape.team *= 2;
-  return shape;
+// The Hopper kernels fill an SM's 228 KiB of shared memory; the portable ones fit in 99 KiB. There
+// two warps at least share a ring of head_dim 256, for which four are too large.
+PARALLAX_HOST_DEVICE constexpr int decode_stages(int padded_head_dim, bool portable) {
+  return (padded_head_dim <= 64 ? 5 : 3) - (portable ? padded_head_dim <= 64 ? 2 : 1 : 0);
+}
+PARALLAX_HOST_DEVICE constexpr int decode_least_team(int padded_head_dim, bool portable) {
+  return portable && padded_head_dim > 128 ? 2 : 1;
 }
 
-PARALLAX_HOST_DEVICE constexpr int decode_stages(int padded_head_dim) {
-  return padded_head_dim <= 64 ? 5 : 3;
+// CTAs that an SM's registers and, of a Hopper GPU, shared memory hold; and how much of the latter
+// one may take. The hardware adds 1 KiB a CTA.
+PARALLAX_HOST_DEVICE constexpr int decode_ctas_per_sm(int padded_head_dim, bool portable) {
+  return portable || padded_head_dim <= 128 ? 2 : 1;
 }
-PARALLAX_HOST_DEVICE constexpr int decode_ctas_per_sm(int padded_head_dim) {
-  return padded_head_dim <= 128 ? 2 : 1;
+constexpr int decode_shared_bytes(int padded_head_dim, bool portable) {
+  if (portable) return (padded_head_dim <= 64 ? 49 : 71) * 1024;
+  return 228 * 1024 / decode_ctas_per_sm(padded_head_dim, portable) - 1024;
+}
+constexpr int decode_ctas_per_sm(int padded_head_dim, bool portable, int sm_shared_bytes) {
+  const int fit = sm_shared_bytes / (decode_shared_bytes(padded_head_dim, portable) + 1024);
+  return std::clamp(fit, 1, decode_ctas_per_sm(padded_head_dim, portable));
+}
+
+constexpr DecodeShape decode_shape(int padded_head_dim, int cache_bytes, std::int64_t rows,
+                                   bool portable) {
+  DecodeShape shape{rows > 8 ? decode_row_tiles(padded_head_dim, cache_bytes) : 1,
+                    decode_least_team(padded_head_dim, portable)};
+  while (shape.team < kDecodeWarps && shape.rows() < rows) shape.team *= 2;
+  return shape;
 }
 
 // The blocks of a sequence's keys, counted from key 0: at least one, so that a sequence without

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// What the halves of the Hopper decode share: a row's state, the item at hand, shared memory.
+// What the halves of the decode share: a row's state, the item at hand, shared memory.
 #pragma once
 
 #include <type_traits>
@@ -102,13 +102,14 @@ static __device__ __forceinline__ DecodePlace place_of(const DecodeParams& param
   return {token, index - token * params.group};
 }
 
-template <class T, class Cache, int kHeadDim, int kRowTiles>
+template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
 struct DecodeShared {
   static constexpr bool kIsFp8 = std::is_same_v<Cache, e4m3>;
   static constexpr int kKeys = decode_slice_keys(sizeof(Cache));
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Cache));
   static constexpr int kSliceBytes = kKeys * kRowBytes;
-  static constexpr int kStages = decode_stages(kHeadDim);
+  static constexpr int kStages = decode_stages(kHeadDim, kPortable);
+  static constexpr int kLeastTeam = decode_least_team(kHeadDim, kPortable);
   static constexpr int kWarpRows = 8 * kRowTiles;
 
   // The warps' states, when they meet at the end of an item: all at one m and one centre a row.
@@ -121,7 +122,7 @@ struct DecodeShared {
     DecodeRow totals[kDecodeWarps * kWarpRows];  // by row of the CTA
   };
   union {
-    std::uint8_t ring[kDecodeWarps][kStages][2 * kSliceBytes];  // K rows, then V rows
+    std::uint8_t ring[kDecodeWarps / kLeastTeam][kStages][2 * kSliceBytes];  // K rows, V rows
     Meeting meeting;
   };
   DecodeWalk walk;

@@ -22,8 +22,9 @@ __device__ __forceinline__ void start_next_kernel() {
 #endif
 }
 
-// REQUIRES: where `early`, every CTA of `kernel` calls cudaGridDependencySynchronize(), and before
-// it reads or writes anything that another kernel may touch.
+// REQUIRES: where `early`, every CTA of `kernel` calls wait_for_last_kernel(), and before it reads
+// or writes anything that another kernel may touch; and the kernel is no PTX of compute_80, which
+// does not wait, so that the device takes the Hopper kernels (launch.h).
 template <class... Parameters, class... Arguments>
 cudaError_t launch_kernel(bool early, void (*kernel)(Parameters...), int blocks, int threads,
                           int shared_bytes, cudaStream_t stream, const Arguments&... arguments) {
@@ -38,12 +39,6 @@ cudaError_t launch_kernel(bool early, void (*kernel)(Parameters...), int blocks,
   launch.attrs = &attribute;
   launch.numAttrs = early ? 1 : 0;
   return cudaLaunchKernelEx(&launch, kernel, arguments...);
-}
-
-template <class... Parameters, class... Arguments>
-cudaError_t launch_early(void (*kernel)(Parameters...), int blocks, int threads, int shared_bytes,
-                         cudaStream_t stream, const Arguments&... arguments) {
-  return launch_kernel(true, kernel, blocks, threads, shared_bytes, stream, arguments...);
 }
 
 }  // namespace parallax

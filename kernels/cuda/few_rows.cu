@@ -65,13 +65,21 @@ __global__ void __maxnreg__(kTiles == 1 ? 128 : 168)
   for (int i = 0; i < 2 * kGroups; ++i) output.write(i, to_float(old[i]) + result[i]);
 }
 
+// Warps whose shared memory a CTA may have, whatever the number of rows: it settles the order of
+// sums.
+template <int kGroups>
+int most_warps(const Device& device) {
+  const int bytes = device.sm_shared_bytes - 1024;  // the hardware adds 1 KiB a CTA
+  return std::clamp(bytes / FewRowsShape<2, kGroups>::shared_bytes(1, kMaxFewRows), 2, kMaxWarps);
+}
+
 template <class T, int kTiles, int kGroups>
 Status launch(FewRowsParams params, const Device& device, cudaStream_t stream) {
   using Shape = FewRowsShape<kTiles, kGroups>;
   const bool is_swiglu = params.form == FewRowsForm::kSwiGlu;
   params.advance = kGroups == 1 || is_swiglu ? kGroupRows : 2 * kGroupRows;
   params.second_group = is_swiglu ? params.out : kGroupRows;
-  const int warps = share_columns<Shape>(&params);
+  const int warps = share_columns<Shape>(&params, most_warps<kGroups>(device));
   const int shared_bytes = Shape::shared_bytes(warps, params.rows);
   const auto kernel = few_rows_kernel<T, kTiles, kGroups>;
   if (shared_bytes > 48 * 1024) {
@@ -80,7 +88,7 @@ Status launch(FewRowsParams params, const Device& device, cudaStream_t stream) {
     if (Status s = check_cuda(error, "few_rows: cudaFuncSetAttribute"); !s.ok()) return s;
   }
   return check_cuda(
-      launch_kernel(device.compute_capability >= 90, kernel, ceil_div(params.out, params.advance),
+      launch_kernel(takes_hopper_kernels(device), kernel, ceil_div(params.out, params.advance),
                     32 * warps, shared_bytes, stream, params),
       "few_rows: launch");
 }

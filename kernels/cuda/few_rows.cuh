@@ -309,11 +309,11 @@ struct FewRowsCta {
   Warp work;
 };
 
-// Shares the columns out to warps. -> how many a CTA has.
+// Shares the columns out to warps. -> how many a CTA has, of `most_warps`.
 template <class Shape>
-int share_columns(FewRowsParams* params) {
+int share_columns(FewRowsParams* params, int most_warps) {
   const int slices = ceil_div(params->in, Shape::kColumns);
-  params->rounds = ceil_div(slices, kMaxWarps);
+  params->rounds = ceil_div(slices, most_warps);
   return std::max(ceil_div(slices, params->rounds), Shape::kFinishing);
 }
 

@@ -20,17 +20,19 @@ Status query_device(int index, Device* device) {
   int major = 0;
   int minor = 0;
   int num_sms = 0;
+  int sm_shared_bytes = 0;
   const struct {
     cudaDeviceAttr attribute;
     int* value;
   } wanted[] = {{cudaDevAttrComputeCapabilityMajor, &major},
                 {cudaDevAttrComputeCapabilityMinor, &minor},
-                {cudaDevAttrMultiProcessorCount, &num_sms}};
+                {cudaDevAttrMultiProcessorCount, &num_sms},
+                {cudaDevAttrMaxSharedMemoryPerMultiprocessor, &sm_shared_bytes}};
   for (const auto& item : wanted) {
     const cudaError_t error = cudaDeviceGetAttribute(item.value, item.attribute, index);
     if (Status s = check_cuda(error, "cudaDeviceGetAttribute"); !s.ok()) return s;
   }
-  *device = Device{Device::Kind::kCuda, 1, index, 10 * major + minor, num_sms};
+  *device = Device{Device::Kind::kCuda, 1, index, 10 * major + minor, num_sms, sm_shared_bytes};
   return {};
 }
 

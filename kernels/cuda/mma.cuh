@@ -69,6 +69,23 @@ __device__ __forceinline__ void multiply(float* sums, const std::uint32_t (&a)[4
   }
 }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
+// Two e4m3 numbers, each the upper byte of a half word, as fp16: bits in place are 2^-8 of it.
+__device__ __forceinline__ std::uint32_t widen_two(std::uint32_t word) {
+  const std::uint32_t bits = (word & 0x80008000u) | (word >> 1 & 0x3f803f80u);
+  const __half2 x = *reinterpret_cast<const __half2*>(&bits);
+  // Of the NaN, 480, and of no number (448 at most) the product is infinity, and its zeroth is NaN.
+  const __half2 beyond = __hmul2(x, __float2half2_rn(146.0f * 256.0f));
+  const __half2 wide =
+      __hfma2(beyond, __float2half2_rn(0.0f), __hmul2(x, __float2half2_rn(256.0f)));
+  return *reinterpret_cast<const std::uint32_t*>(&wide);
+}
+
+// Four e4m3 numbers as two words of two fp16 numbers each, exactly.
+__device__ __forceinline__ uint2 widen(std::uint32_t word) {
+  return {widen_two(__byte_perm(word, 0, 0x1404)), widen_two(__byte_perm(word, 0, 0x3424))};
+}
+#else
 // Four e4m3 numbers as two words of two fp16 numbers each, exactly.
 __device__ __forceinline__ uint2 widen(std::uint32_t word) {
   uint2 wide;
@@ -78,6 +95,7 @@ __device__ __forceinline__ uint2 widen(std::uint32_t word) {
       : "r"(word));
   return wide;
 }
+#endif
 
 // Rows of kHeadDim elements in shared memory, aligned to 1024 bytes. The 16-byte chunks of a row
 // change places with the row's last three bits, so that a column of eight rows meets no bank twice.

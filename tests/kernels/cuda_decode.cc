@@ -24,9 +24,11 @@ std::vector<float> floats(const DeviceMemory& memory) {
   return values;
 }
 
-DecodePlan plan_of(const Case& c) {
+DecodePlan plan_of(const Case& c, const CudaDecodeHow& how) {
+  Device device = cuda_device(how.kernels);
+  if (how.num_sms > 0) device.num_sms = how.num_sms;
   DecodePlan result;
-  const Status status = plan(c.problem, cuda_device(), &result);
+  const Status status = plan(c.problem, device, &result);
   EXPECT_TRUE(status.ok()) << c.name << ": " << status.message();
   return result;
 }
@@ -61,7 +63,7 @@ void spoil(const Case& c, PagedCache* pages) {
 CudaDecode::CudaDecode(const Case& c, const CudaDecodeHow& how)
     : case_(c),
       how_(how),
-      plan_(plan_of(c)),
+      plan_(plan_of(c, how)),
       pages_(pages_of(c, how)),
       q_(queries(c, c.inputs.q)),
       r_(queries(c, c.inputs.r)),

@@ -10,6 +10,8 @@
 namespace parallax::tests {
 
 struct CudaDecodeHow {
+  Kernels kernels = Kernels::kHopper;
+  int num_sms = 0;              // of the GPU that the call is planned for; 0: of this one
   int page_size = 0;            // 0: contiguous
   bool own_schedule = true;     // else schedule() makes it, once
   bool with_statistics = true;  // lse, t_bar

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
-// The Hopper decode against the definition, against the float64 CPU kernel where that takes too
-// long, and against what must be exactly so. Skips itself on a machine without a Hopper GPU.
+// The CUDA decode, by the Hopper and by the portable kernels, against the definition, against the
+// float64 CPU kernel where that takes too long, and against what must be exactly so. Skips itself
+// on a machine without a GPU.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
@@ -17,12 +18,22 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr DType kDTypes[] = {DType::kBFloat16, DType::kFloat16};
 constexpr double kLargestError = 5e-3;  // of o, relative, Frobenius
 
-class DecodeCuda : public testing::Test {
+class DecodeCuda : public testing::TestWithParam<Kernels> {
  protected:
   void SetUp() override {
-    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
+    if (!has_gpu_for(GetParam())) GTEST_SKIP() << "needs another GPU";
   }
+  static CudaDecodeHow how() {
+    CudaDecodeHow how;
+    how.kernels = GetParam();
+    return how;
+  }
+  static Results decode(const Case& c) { return cuda_decode(c, how()); }
 };
+INSTANTIATE_TEST_SUITE_P(, DecodeCuda, testing::Values(Kernels::kHopper, Kernels::kPortable),
+                         [](const auto& info) {
+                           return info.param == Kernels::kHopper ? "Hopper" : "Portable";
+                         });
 
 std::vector<Case> ragged_cases(DType dtype, Data data) {
   std::vector<Case> cases;
@@ -66,12 +77,12 @@ void expect_same(const Results& a, const Results& b, const std::string& name) {
   EXPECT_EQ(a.t_bar, b.t_bar) << name;
 }
 
-TEST_F(DecodeCuda, HoldsTheErrorRule) {
+TEST_P(DecodeCuda, HoldsTheErrorRule) {
   for (DType dtype : kDTypes) {
     for (Data data : {Data::kZeroMean, Data::kShifted}) {
       for (const Case& c : ragged_cases(dtype, data)) {
         const Expected expected(c);
-        const Results ours = cuda_decode(c);
+        const Results ours = decode(c);
         EXPECT_EQ(error_rule(c, ours, expected), "");
         expect_close(c, ours, expected.exact);
       }
@@ -108,25 +119,25 @@ std::vector<Case> long_cases(DType dtype, Data data) {
   return cases;
 }
 
-TEST_F(DecodeCuda, LongCachesStayWithinTheError) {
+TEST_P(DecodeCuda, LongCachesStayWithinTheError) {
   for (DType dtype : kDTypes) {
     for (Data data : {Data::kZeroMean, Data::kShifted}) {
       if (dtype == DType::kFloat16 && data == Data::kZeroMean) continue;
       for (const Case& c : long_cases(dtype, data)) {
-        expect_close(c, cuda_decode(c), exact_on_cpu(c));
+        expect_close(c, decode(c), exact_on_cpu(c));
       }
     }
   }
 }
 
-TEST_F(DecodeCuda, Fp8CachesHoldTheErrorRule) {
+TEST_P(DecodeCuda, Fp8CachesHoldTheErrorRule) {
   for (DType dtype : kDTypes) {
     for (Data data : {Data::kZeroMean, Data::kShifted}) {
       if (dtype == DType::kFloat16 && data == Data::kZeroMean) continue;
       for (Case& c : ragged_cases(dtype, data)) {
         quantise_cache(&c);
         const Expected expected(c);
-        const Results ours = cuda_decode(c);
+        const Results ours = decode(c);
         EXPECT_EQ(error_rule(c, ours, expected), "") << "fp8, " << c.name;
         expect_close(c, ours, expected.exact);
       }
@@ -134,24 +145,24 @@ TEST_F(DecodeCuda, Fp8CachesHoldTheErrorRule) {
   }
   for (Case& c : long_cases(DType::kBFloat16, Data::kShifted)) {
     quantise_cache(&c);
-    const Results ours = cuda_decode(c);
+    const Results ours = decode(c);
     expect_close(c, ours, exact_on_cpu(c));
-    CudaDecodeHow how;
+    CudaDecodeHow how = DecodeCuda::how();
     how.page_size = 16;
     expect_same(ours, cuda_decode(c, how), c.name + ", pages of 16");
   }
 }
 
-TEST_F(DecodeCuda, PagesEqualAContiguousCache) {
+TEST_P(DecodeCuda, PagesEqualAContiguousCache) {
   std::vector<Case> cases = {ragged_case(DType::kBFloat16, 3, 6, 2, 128, 0, Data::kShifted),
                              ragged_case(DType::kFloat16, 1, 2, 1, 64, 100, Data::kShifted),
                              ragged_case(DType::kBFloat16, 2, 2, 1, 256, 0, Data::kShifted)};
   cases.push_back(long_cases(DType::kBFloat16, Data::kShifted)[2]);
   for (const Case& c : cases) {
-    const Results whole = cuda_decode(c);
+    const Results whole = decode(c);
     for (int page_size : {1, 2, 8, 16, 64, 256}) {
       const std::string name = c.name + ", pages of " + std::to_string(page_size);
-      CudaDecodeHow how;
+      CudaDecodeHow how = DecodeCuda::how();
       how.page_size = page_size;
       expect_same(whole, cuda_decode(c, how), name);
       how.bad_pages = true;
@@ -160,10 +171,10 @@ TEST_F(DecodeCuda, PagesEqualAContiguousCache) {
   }
 }
 
-TEST_F(DecodeCuda, AScheduleServesEveryLayer) {
+TEST_P(DecodeCuda, AScheduleServesEveryLayer) {
   for (const Case& c : long_cases(DType::kBFloat16, Data::kZeroMean)) {
-    const Results own = cuda_decode(c);
-    CudaDecodeHow how;
+    const Results own = decode(c);
+    CudaDecodeHow how = DecodeCuda::how();
     how.own_schedule = false;
     CudaDecode call(c, how);
     ASSERT_TRUE(call.schedule(nullptr).ok());
@@ -175,21 +186,21 @@ TEST_F(DecodeCuda, AScheduleServesEveryLayer) {
   }
 }
 
-TEST_F(DecodeCuda, ManySequencesOfFewTokens) {
+TEST_P(DecodeCuda, ManySequencesOfFewTokens) {
   Case c;
   c.problem = problem_of(DType::kBFloat16, 2500, 1, 40, 2, 1, 64);
   for (int i = 0; i < 2500; ++i) c.lengths.kv_lens.push_back(i % 41);
   c.inputs = random_inputs(c.problem, Data::kShifted, 3);
   c.inputs.d_o.clear();
   c.name = "many";
-  expect_close(c, cuda_decode(c), exact_on_cpu(c));
+  expect_close(c, decode(c), exact_on_cpu(c));
 }
 
-TEST_F(DecodeCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
+TEST_P(DecodeCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
   for (DType dtype : kDTypes) {
     for (std::int64_t head_dim : {64, 128, 256}) {
       const Case c = ragged_case(dtype, 1, 1, 1, head_dim, 1, Data::kShifted);
-      const Results ours = cuda_decode(c);
+      const Results ours = decode(c);
       for (std::size_t b = 0; b < 7; ++b) {
         const std::int64_t last = c.lengths.kv_lens[b] - 1;
         const auto size = static_cast<std::size_t>(head_dim);
@@ -207,64 +218,68 @@ TEST_F(DecodeCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
   }
 }
 
-TEST_F(DecodeCuda, ANanInAVisibleKeyIsSeen) {
-  Case c = long_cases(DType::kBFloat16, Data::kZeroMean)[0];
-  c.inputs.k[3000 * 128 + 5] = std::nan("");
-  const Results ours = cuda_decode(c);
-  EXPECT_TRUE(std::all_of(ours.o.begin(), ours.o.end(), [](double x) { return std::isnan(x); }));
-  EXPECT_TRUE(std::isnan(ours.lse[0]));
+TEST_P(DecodeCuda, ANanInAVisibleKeyIsSeen) {
+  for (bool fp8 : {false, true}) {
+    Case c = long_cases(DType::kBFloat16, Data::kZeroMean)[0];
+    if (fp8) quantise_cache(&c);
+    c.inputs.k[3000 * 128 + 5] = std::nan("");
+    const Results ours = decode(c);
+    EXPECT_TRUE(std::all_of(ours.o.begin(), ours.o.end(), [](double x) { return std::isnan(x); }))
+        << c.name;
+    EXPECT_TRUE(std::isnan(ours.lse[0])) << c.name;
+  }
 }
 
-TEST_F(DecodeCuda, ZeroProbeIsSoftmaxAttention) {
+TEST_P(DecodeCuda, ZeroProbeIsSoftmaxAttention) {
   for (Case c : long_cases(DType::kBFloat16, Data::kShifted)) {
     std::fill(c.inputs.r.begin(), c.inputs.r.end(), 0.0);
-    CudaDecodeHow how;
+    CudaDecodeHow how = DecodeCuda::how();
     how.with_state = true;
     CudaDecode call(c, how);
     ASSERT_TRUE(call.run(nullptr).ok());
     const OwnedState state = call.state();
     EXPECT_TRUE(std::all_of(state.d2.begin(), state.d2.end(), [](float x) { return x == 0; }));
     EXPECT_TRUE(std::all_of(state.o2.begin(), state.o2.end(), [](float x) { return x == 0; }));
-    EXPECT_EQ(cpu_finalize(c.problem, state).o, cuda_decode(c).o) << c.name;
+    EXPECT_EQ(cpu_finalize(c.problem, state).o, decode(c).o) << c.name;
   }
 }
 
-TEST_F(DecodeCuda, AnExportedStateFinalizesToTheOutput) {
+TEST_P(DecodeCuda, AnExportedStateFinalizesToTheOutput) {
   std::vector<Case> cases = long_cases(DType::kBFloat16, Data::kZeroMean);
   cases.push_back(ragged_case(DType::kFloat16, 3, 6, 2, 40, 0, Data::kZeroMean));
   for (const Case& c : cases) {
-    CudaDecodeHow how;
+    CudaDecodeHow how = DecodeCuda::how();
     how.with_state = true;
     CudaDecode call(c, how);
     ASSERT_TRUE(call.run(nullptr).ok());
-    const Results through = cpu_finalize(c.problem, call.state()), direct = cuda_decode(c);
+    const Results through = cpu_finalize(c.problem, call.state()), direct = decode(c);
     EXPECT_LE(distance(direct.o, through.o), 0x1p-7 * largest(direct.o)) << c.name;
     EXPECT_LE(distance(direct.lse, through.lse), 1e-4) << c.name;
     EXPECT_LE(distance(direct.t_bar, through.t_bar), 1e-4 * largest(direct.t_bar)) << c.name;
   }
 }
 
-TEST_F(DecodeCuda, OutputsThatNobodyAskedForChangeNothing) {
+TEST_P(DecodeCuda, OutputsThatNobodyAskedForChangeNothing) {
   const Case c = long_cases(DType::kBFloat16, Data::kZeroMean)[2];
-  CudaDecodeHow how;
+  CudaDecodeHow how = DecodeCuda::how();
   how.with_statistics = false;
-  EXPECT_EQ(cuda_decode(c).o, cuda_decode(c, how).o);
+  EXPECT_EQ(decode(c).o, cuda_decode(c, how).o);
 }
 
-TEST_F(DecodeCuda, NothingToDoIsNoError) {
+TEST_P(DecodeCuda, NothingToDoIsNoError) {
   for (auto [batch, q_len, kv_len] : {std::tuple{0, 4, 4}, {2, 0, 4}, {2, 4, 0}, {0, 0, 0}}) {
     Case c;
     c.name = "nothing";
     c.problem = problem_of(DType::kBFloat16, batch, q_len, kv_len, 2, 1, 64);
     c.lengths.kv_lens.assign(static_cast<std::size_t>(batch), kv_len);
     c.inputs = random_inputs(c.problem, Data::kZeroMean, 1);
-    EXPECT_EQ(cuda_decode(c).o, Values(c.inputs.q.size(), 0.0));
+    EXPECT_EQ(decode(c).o, Values(c.inputs.q.size(), 0.0));
   }
 }
 
-TEST_F(DecodeCuda, AHundredRunsGiveTheSameBits) {
+TEST_P(DecodeCuda, AHundredRunsGiveTheSameBits) {
   for (const Case& c : long_cases(DType::kBFloat16, Data::kShifted)) {
-    CudaDecode call(c);
+    CudaDecode call(c, how());
     ASSERT_TRUE(call.run(nullptr).ok());
     const Results first = call.results();
     for (int i = 0; i < 100; ++i) {
@@ -275,10 +290,22 @@ TEST_F(DecodeCuda, AHundredRunsGiveTheSameBits) {
   }
 }
 
+// Spans of every length: how many there are is the GPU's affair.
+TEST_P(DecodeCuda, AnyNumberOfMultiprocessorsServes) {
+  for (const Case& c : long_cases(DType::kBFloat16, Data::kShifted)) {
+    const Results exact = exact_on_cpu(c);
+    for (int num_sms : {1, 46, 108, 128, 170}) {
+      CudaDecodeHow how = DecodeCuda::how();
+      how.num_sms = num_sms;
+      expect_close(c, cuda_decode(c, how), exact);
+    }
+  }
+}
+
 // One captured step, replayed as the sequences grow, shrink and vanish.
-TEST_F(DecodeCuda, AGraphServesChangingLengths) {
+TEST_P(DecodeCuda, AGraphServesChangingLengths) {
   Case c = long_cases(DType::kBFloat16, Data::kShifted)[2];
-  CudaDecodeHow how;
+  CudaDecodeHow how = DecodeCuda::how();
   how.own_schedule = false;
   CudaDecode call(c, how);
   cudaStream_t stream = nullptr;
@@ -300,17 +327,17 @@ TEST_F(DecodeCuda, AGraphServesChangingLengths) {
     call.set_lengths(now.lengths);
     call.poison_outputs();
     ASSERT_EQ(cudaGraphLaunch(executable, stream), cudaSuccess);
-    expect_same(cuda_decode(now), call.results(), std::to_string(kv_lens[0]));
+    expect_same(decode(now), call.results(), std::to_string(kv_lens[0]));
   }
   cudaGraphExecDestroy(executable);
   cudaGraphDestroy(graph);
   cudaStreamDestroy(stream);
 }
 
-TEST_F(DecodeCuda, RefusesWhatItCannotRead) {
+TEST_P(DecodeCuda, RefusesWhatItCannotRead) {
   const AttentionProblem problem = problem_of(DType::kBFloat16, 1, 1, 64, 1, 1, 64);
   DecodePlan call;
-  ASSERT_TRUE(plan(problem, cuda_device(), &call).ok());
+  ASSERT_TRUE(plan(problem, cuda_device(GetParam()), &call).ok());
   DeviceMemory memory(1 << 20), workspace(workspace_bytes(call));
   const auto refusal = [&](auto change) {
     DecodeArgs args;

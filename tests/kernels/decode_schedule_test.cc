@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The arithmetic of the Hopper decode's schedule, on a CPU: blocks of keys, spans, shapes.
+// The arithmetic of the decode's schedule, on a CPU: blocks of keys, spans, shapes.
 #include "kernels/cuda/decode_schedule.h"
 
 #include <gtest/gtest.h>
@@ -117,12 +117,36 @@ TEST(DecodeSchedule, BlocksHoldWhatQueriesSee) {
 TEST(DecodeSchedule, ACtaHoldsTheRowsOfSpeculationWithGroups) {
   for (int head_dim : {64, 128, 256}) {
     for (int cache_bytes : {1, 2}) {
-      for (int rows : {1, 8, 9, 16, 17, 32}) {
-        const DecodeShape shape = decode_shape(head_dim, cache_bytes, rows);
-        EXPECT_GE(shape.rows(), rows);
-        EXPECT_EQ(kDecodeWarps % shape.team, 0);
+      for (bool portable : {false, true}) {
+        const int least_team = decode_least_team(head_dim, portable);
+        for (int rows : {1, 8, 9, 16, 17, 32}) {
+          const DecodeShape shape = decode_shape(head_dim, cache_bytes, rows, portable);
+          EXPECT_GE(shape.rows(), rows);
+          EXPECT_GE(shape.team, least_team);
+          EXPECT_EQ(kDecodeWarps % shape.team, 0);
+        }
+        EXPECT_EQ(decode_shape(head_dim, cache_bytes, 8, portable).rows(), 8 * least_team);
       }
-      EXPECT_EQ(decode_shape(head_dim, cache_bytes, 8).rows(), 8);
+    }
+  }
+}
+
+// Every GPU's multiprocessors hold the portable kernels, and as many CTAs as their shared memory.
+TEST(DecodeSchedule, CtasFitSharedMemory) {
+  constexpr int kKiB = 1024;
+  struct Row {
+    int sm_shared_bytes;  // of compute capability 8.6, 8.9 and 12.0; 8.0; 9.0 and 10.0
+    int ctas[3];          // of head_dim 64, 128, 256
+  };
+  for (const Row& row :
+       {Row{100 * kKiB, {2, 1, 1}}, {164 * kKiB, {2, 2, 2}}, {228 * kKiB, {2, 2, 2}}}) {
+    int n = 0;
+    for (int head_dim : {64, 128, 256}) {
+      const int ctas = decode_ctas_per_sm(head_dim, true, row.sm_shared_bytes);
+      EXPECT_EQ(ctas, row.ctas[n++]) << head_dim << " in " << row.sm_shared_bytes;
+      EXPECT_LE(ctas * (decode_shared_bytes(head_dim, true) + kKiB), row.sm_shared_bytes);
+      if (row.sm_shared_bytes < 228 * kKiB) continue;
+      EXPECT_EQ(decode_ctas_per_sm(head_dim, false, row.sm_shared_bytes), head_dim > 128 ? 1 : 2);
     }
   }
 }

@@ -127,8 +127,9 @@ struct OnDevice {
 
 // A call with its tensors in device memory; y in twice the room, for floats.
 struct FewRowsCall {
-  explicit FewRowsCall(const FewRowsCase& c)
-      : problem(c.problem),
+  FewRowsCall(const FewRowsCase& c, const Device& on)
+      : device(on),
+        problem(c.problem),
         host(c),
         x(host.x.bits),
         w(host.w.bits),
@@ -145,7 +146,7 @@ struct FewRowsCall {
     args.next_bytes = static_cast<std::int64_t>(w.memory.size());
   }
   Status run(cudaStream_t stream = nullptr) {
-    return few_rows(problem, args, cuda_device(), static_cast<Stream>(stream));
+    return few_rows(problem, args, device, static_cast<Stream>(stream));
   }
   // y before a run: random where it is added to, NaN where it is not.
   void reset() {
@@ -171,6 +172,7 @@ struct FewRowsCall {
     return result;
   }
 
+  Device device;
   FewRowsProblem problem;
   Inputs host;
   OnDevice x, w, gain;
@@ -202,16 +204,23 @@ std::vector<FewRowsCase> few_rows_cases() {
   return cases;
 }
 
-class FewRowsCuda : public testing::Test {
+// The parameter: KiB of shared memory that a multiprocessor has at most; some GPUs' have 100.
+class FewRowsCuda : public testing::TestWithParam<int> {
  protected:
   void SetUp() override {
     if (!has_gpu_for(Kernels::kPortable)) GTEST_SKIP() << "needs a GPU";
+    device_ = cuda_device();
+    device_.sm_shared_bytes = std::min(device_.sm_shared_bytes, GetParam() * 1024);
   }
-};
 
-TEST_F(FewRowsCuda, MatchesFloat64AndWritesNothingElse) {
+  Device device_;
+};
+INSTANTIATE_TEST_SUITE_P(, FewRowsCuda, testing::Values(100, 228),
+                         testing::PrintToStringParamName());
+
+TEST_P(FewRowsCuda, MatchesFloat64AndWritesNothingElse) {
   for (const FewRowsCase& c : few_rows_cases()) {
-    FewRowsCall call(c);
+    FewRowsCall call(c, device_);
     call.reset();
     const Status status = call.run();
     ASSERT_TRUE(status.ok()) << c.name() << ": " << status.message();
@@ -233,10 +242,10 @@ TEST_F(FewRowsCuda, MatchesFloat64AndWritesNothingElse) {
   }
 }
 
-TEST_F(FewRowsCuda, ARowDoesNotDependOnTheOthers) {
-  for (const bool normed : {false, true}) {
+TEST_P(FewRowsCuda, ARowDoesNotDependOnTheOthers) {
+  for (const auto& [out, normed] : {std::pair{2217, false}, {2217, true}, {528, true}}) {
     for (auto form : {FewRowsForm::kProduct, FewRowsForm::kSwiGlu, FewRowsForm::kAdd}) {
-      FewRowsCall call({{DType::kBFloat16, 16, 3080, 2217, form}, normed});
+      FewRowsCall call({{DType::kBFloat16, 16, 3080, out, form}, normed}, device_);
       call.reset();
       ASSERT_TRUE(call.run().ok());
       const std::vector<std::uint8_t> together = call.bytes();
@@ -254,10 +263,10 @@ TEST_F(FewRowsCuda, ARowDoesNotDependOnTheOthers) {
 }
 
 // gate|up into `inner`, then added back: kernels that begin before the last one has ended.
-TEST_F(FewRowsCuda, AChainInAGraphGivesTheBitsOfOneCallAtATime) {
+TEST_P(FewRowsCuda, AChainInAGraphGivesTheBitsOfOneCallAtATime) {
   for (const std::int64_t rows : {1, 8, 11}) {
-    FewRowsCall up({{DType::kBFloat16, rows, 1024, 3072, FewRowsForm::kSwiGlu}, true});
-    FewRowsCall down({{DType::kBFloat16, rows, 3072, 1024, FewRowsForm::kAdd}, false});
+    FewRowsCall up({{DType::kBFloat16, rows, 1024, 3072, FewRowsForm::kSwiGlu}, true}, device_);
+    FewRowsCall down({{DType::kBFloat16, rows, 3072, 1024, FewRowsForm::kAdd}, false}, device_);
     DeviceMemory stream_of_x(2 * static_cast<std::size_t>(rows) * 1024);
     up.args.x = down.args.y = stream_of_x.data();
     up.args.x_stride = down.args.y_stride = 1024;

@@ -41,7 +41,8 @@ struct Device {
   int index = 0;
   int compute_capability = 0;  // 90 for sm_90
   int num_sms = 0;
-  bool portable = false;  // take the kernels of every GPU even where a Hopper GPU has its own
+  int sm_shared_bytes = 0;  // shared memory of a multiprocessor
+  bool portable = false;    // take the kernels of every GPU even where a Hopper GPU has its own
 };
 
 // The caller's thread pool: runs body(task, worker) once for every task in [0, num_tasks), from any
