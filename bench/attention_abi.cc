@@ -119,7 +119,7 @@ struct ParallaxDecode {
   std::int64_t batch, q_len, kv_len, num_q_heads, num_kv_heads, head_dim, window;
   std::int64_t max_pages, num_pages, page_size;
   double scale;
-  std::int32_t fp16, fp8, device;
+  std::int32_t fp16, fp8, device, portable;
   Tensor q, r, k_cache, v_cache, o;
   const float* k_scale;
   const float* v_scale;
@@ -149,6 +149,7 @@ bool plan_decode(ParallaxDecode* call, parallax::DecodePlan* plan) {
   problem.window = call->window;
   parallax::Device device;
   parallax::Status status = parallax::query_device(call->device, &device);
+  device.portable = call->portable != 0;
   if (status.ok()) status = parallax::plan(problem, device, plan);
   if (status.ok()) return true;
   std::snprintf(call->message, sizeof(call->message), "%s", status.message().c_str());

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from contest import (SDPA_BACKENDS, Tensor, able, announce, arguments_of, enqueue, libraries,
+from contest import (SDPA_BACKENDS, Tensor, able, announce, arguments_of, enqueue, kinds_of,
                      medians, sdpa, warmed, write_json)
 
 
@@ -209,17 +209,9 @@ def print_times(times, errors, baseline, flops):
         print(text, flush=True)
 
 
-def kinds_of(arguments):
-    """{name: (library, portable)} of the contestants that are ours."""
-    kinds = {name: (library, False) for name, library in libraries(arguments, "Parallax").items()}
-    if arguments.portable:
-        kinds |= {f"{name}, portable": (library, True) for name, (library, _) in kinds.items()}
-    return kinds
-
-
 def main():
     arguments = arguments_of(__doc__, rounds=15, library="Parallax", portable=True).parse_args()
-    kinds = kinds_of(arguments)
+    kinds = kinds_of(arguments, "Parallax")
     announce("forward, ms; rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
     figures = []
     for row in ROWS:

@@ -12,8 +12,8 @@ where softmax attention needs 5.
 import math
 
 import torch
-from bench_attention import ROWS, Problem, kinds_of, measure, print_times, ready
-from contest import SDPA_BACKENDS, announce, arguments_of, refused, sdpa, write_json
+from bench_attention import ROWS, Problem, measure, print_times, ready
+from contest import SDPA_BACKENDS, announce, arguments_of, kinds_of, refused, sdpa, write_json
 
 GRADIENTS = ("dq", "dr", "dk", "dv")
 
@@ -100,7 +100,7 @@ def baselines(problem):
 
 def main():
     arguments = arguments_of(__doc__, rounds=11, library="Parallax", portable=True).parse_args()
-    kinds = kinds_of(arguments)
+    kinds = kinds_of(arguments, "Parallax")
     announce("backward, ms; rows are batch,len,q heads,kv heads,head dim; bf16 causal unless said")
     figures = []
     for row in ROWS:

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 """Times the CUDA decode beside softmax attention's best kernels, in one process.
 
-    bench_decode.py [--lib NAME=libparallax_bench.so ...] [--rounds N] [--only TEXT] [--json FILE]
+    bench_decode.py [--lib NAME=libparallax_bench.so ...] [--portable] [--rounds N] [--only TEXT]
+                    [--json FILE]
 
 Rows are batch,kv_len,q heads,kv heads and what differs. Caches take turns so that at least 150 MB
 lie between two uses of one (the L2 cache is cold), a CUDA graph replays one call on each, and
@@ -20,7 +21,7 @@ from functools import partial
 
 import torch
 from contest import (SDPA_BACKENDS, Tensor, able, announce, arguments_of, captured, enqueue,
-                     libraries, medians, milliseconds, sdpa, write_json)
+                     kinds_of, medians, milliseconds, sdpa, write_json)
 
 COLD_BYTES = 150e6
 
@@ -31,7 +32,7 @@ class Call(ctypes.Structure):
          ("batch", "q_len", "kv_len", "num_q_heads", "num_kv_heads", "head_dim", "window",
           "max_pages", "num_pages", "page_size")]
         + [("scale", ctypes.c_double)]
-        + [(name, ctypes.c_int32) for name in ("fp16", "fp8", "device")]
+        + [(name, ctypes.c_int32) for name in ("fp16", "fp8", "device", "portable")]
         + [(name, Tensor) for name in ("q", "r", "k_cache", "v_cache", "o")]
         + [(name, ctypes.c_void_p) for name in
            ("k_scale", "v_scale", "kv_lens", "page_table", "schedule", "workspace")]
@@ -121,13 +122,13 @@ class Problem:
         return x.double() * (0.05 if self.row.fp8 else 1.0)
 
 
-def parallax(library, problem, with_schedule):
+def parallax(library, problem, with_schedule, portable=False):
     """A function of a cache that enqueues our decode on the current stream."""
     row = problem.row
     call = Call(batch=row.batch, q_len=row.q_len, kv_len=problem.capacity,
                 num_q_heads=row.q_heads, num_kv_heads=row.kv_heads, head_dim=row.head_dim,
                 scale=problem.scale, fp8=row.fp8, device=torch.cuda.current_device(),
-                kv_lens=problem.kv_lens.data_ptr())
+                portable=portable, kv_lens=problem.kv_lens.data_ptr())
     if problem.table is not None:
         call.page_table = problem.table.data_ptr()
         call.max_pages, call.page_size = problem.max_pages, row.page
@@ -219,10 +220,10 @@ def ceilings():
 
 
 def main():
-    parser = arguments_of(__doc__, rounds=11, library="ours")
+    parser = arguments_of(__doc__, rounds=11, library="ours", portable=True)
     parser.add_argument("--rows", choices=("table", "extras", "all"), default="all")
     arguments = parser.parse_args()
-    ours = libraries(arguments, "ours")
+    ours = kinds_of(arguments, "ours")
     copy, read = ceilings()
     announce(f"decode, us a call; device copy {copy:.2f}, read {read:.2f} TB/s")
     figures = []
@@ -232,10 +233,10 @@ def main():
             continue
         problem = Problem(row)
         contestants, errors = {}, {}
-        for name, library in ours.items():
+        for name, (library, portable) in ours.items():
             for label, with_schedule in ((name, False), (name + " layer", True)):
                 try:
-                    run = parallax(library, problem, with_schedule)
+                    run = parallax(library, problem, with_schedule, portable)
                     problem.o.fill_(float("nan"))
                     run(problem.caches[0])
                     errors[label] = check(problem, problem.caches[0])

@@ -75,6 +75,14 @@ def libraries(arguments, default):
     return found
 
 
+def kinds_of(arguments, default):
+    """{name: (library, portable)} of the contestants that are ours."""
+    kinds = {name: (library, False) for name, library in libraries(arguments, default).items()}
+    if arguments.portable:
+        kinds |= {f"{name}, portable": (library, True) for name, (library, _) in kinds.items()}
+    return kinds
+
+
 def announce(what):
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}; {what}", flush=True)
 
