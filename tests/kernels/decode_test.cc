@@ -215,6 +215,27 @@ TEST(Decode, StatesOfAnySplitOfTheCacheMergeToTheWhole) {
   }
 }
 
+// A cascade: several queries over a prefix that all of them see, and over what follows it.
+TEST(Decode, ASharedPrefixMergesWithWhatFollows) {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16}) {
+    Case c;
+    c.problem = problem_of(dtype, 2, 4, 200, 4, 2, 16);
+    c.lengths.kv_lens = {200, 131};
+    c.inputs = random_inputs(c.problem, Data::kShifted, 6);
+    c.inputs.d_o.clear();
+    Case prefix = c, rest = c;
+    prefix.problem.causal = false;
+    prefix.lengths.kv_lens = rest.lengths.kv_start = {100, 100};
+    OwnedState of_prefix = cpu_decode_state(prefix), of_rest = cpu_decode_state(rest);
+    const StateView states[] = {of_prefix.view(), of_rest.view()};
+    const StateView merged = states[0];  // in place
+    ASSERT_TRUE(merge_states(c.problem, states, 2, merged, parallel_for(1)).ok());
+    const Results ours = cpu_finalize(c.problem, of_prefix);
+    EXPECT_EQ(error_rule(c, ours), "") << name_of(dtype);
+    EXPECT_LE(distance(ours.lse, oracle(c).lse), 1e-4) << name_of(dtype);
+  }
+}
+
 // What any cache of e4m3 numbers gives is as exact as what the same numbers in dtype would give.
 TEST(Decode, AnFp8CacheHoldsTheErrorRuleOnEveryInstructionSet) {
   const cpu::Targets targets = cpu::supported_targets();
@@ -233,6 +254,42 @@ TEST(Decode, AnFp8CacheHoldsTheErrorRuleOnEveryInstructionSet) {
         EXPECT_EQ(ours.o, cpu_decode(c, {1, 16, targets.list[i]}).o) << "pages, " << c.name;
       }
     }
+  }
+}
+
+// What the cache itself loses, against attention over the numbers that were there before: the table
+// in docs/math.md section 11.
+TEST(Decode, AnFp8CacheCostsWhatTheDocumentsSay) {
+  struct Row {
+    std::int64_t kv_len;
+    Data data;
+    double bf16, fp8, fp8_softmax;  // relative errors of o, Frobenius
+  };
+  const Row rows[] = {{256, Data::kZeroMean, 2.4e-3, 5.0e-2, 3.7e-2},
+                      {256, Data::kShifted, 1.9e-3, 7.0e-2, 1.1e-2},
+                      {4096, Data::kZeroMean, 2.4e-3, 4.6e-2, 3.8e-2},
+                      {4096, Data::kShifted, 1.8e-3, 2.0e-2, 3.1e-3}};
+  for (const Row& row : rows) {
+    Case c;
+    c.name = std::to_string(row.kv_len) + " keys";
+    c.problem = problem_of(DType::kBFloat16, 4, 1, row.kv_len, 4, 4, 128);
+    c.lengths.kv_lens.assign(4, static_cast<std::int32_t>(row.kv_len));
+    c.inputs = random_inputs(c.problem, row.data, 17);
+    c.inputs.d_o.clear();
+    const auto errors = [](const Case& plain) {
+      Case fp8 = plain;
+      quantise_cache(&fp8);
+      const Values exact = oracle(plain).o;
+      return std::pair(relative_error(cpu_decode(plain).o, exact),
+                       relative_error(cpu_decode(fp8).o, exact));
+    };
+    Case softmax = c;
+    std::fill(softmax.inputs.r.begin(), softmax.inputs.r.end(), 0.0);
+    const auto [bf16, fp8] = errors(c);
+    const double fp8_softmax = errors(softmax).second;
+    EXPECT_LE(bf16, 1.1 * row.bf16) << c.name;
+    EXPECT_NEAR(fp8 / row.fp8, 1, 0.1) << c.name;
+    EXPECT_NEAR(fp8_softmax / row.fp8_softmax, 1, 0.1) << c.name;
   }
 }
 

@@ -41,7 +41,7 @@ struct AttentionProblem {
   std::int64_t num_q_heads = 0;
   std::int64_t num_kv_heads = 0;
   std::int64_t head_dim = 0;  // multiple of 8, at most 256 (CUDA backward: 128)
-  double scale = 1.0;         // of q.k; r.k is never scaled
+  double scale = 1.0;         // of q.k (CUDA backward: not below 0); r.k is never scaled
   bool causal = true;
   std::int64_t window = 0;  // 0: no window
   bool packed = false;
@@ -66,8 +66,9 @@ struct Sequences {
 
 // Where the tokens of a paged cache lie: token j of sequence b is row j % page_size of page
 // table[b * max_pages + j / page_size]. `table` null: the cache is contiguous. The problem's kv_len
-// is at most max_pages * page_size. Entries of visible tokens must be pages from 0 to num_pages - 1
-// (the CPU refuses others); other entries are not read.
+// is at most max_pages * page_size. Entries of visible tokens must be pages, 0 to num_pages - 1:
+// the CPU refuses others; a GPU's contents cannot be refused without waiting for it, and what such
+// an entry gives there is not defined. Other entries are not read.
 struct PageTable {
   const std::int32_t* table = nullptr;  // [batch, max_pages]
   std::int64_t max_pages = 0;
@@ -97,7 +98,8 @@ struct BackwardArgs {
 };
 
 // The uncentred online state of state.h, float: m (natural units), d1, d2 are [batch, num_q_heads,
-// q_len]; o1, o2 are [batch, q_len, num_q_heads, head_dim]. All contiguous.
+// q_len]; o1, o2 are [batch, q_len, num_q_heads, head_dim]. All contiguous; on CUDA o1 and o2
+// aligned to 16 bytes.
 struct StateView {
   float* m = nullptr;
   float* d1 = nullptr;
@@ -106,7 +108,9 @@ struct StateView {
   float* o2 = nullptr;
 };
 
-// Attention of a few new tokens over a cache. kv_lens counts the new tokens too: append first.
+// Attention of a few new tokens over a cache. kv_lens counts the new tokens too: append first. A
+// prefix that sequences share can be read on its own, as a state: causal = false and kv_lens its
+// length; what follows then has it as kv_start, and merge_states() joins the two.
 struct DecodeArgs {
   ConstView q, r, k_cache, v_cache;
   // [num_kv_heads], finite and above 0: an element of a kFloat8E4M3 cache stands for itself times
@@ -235,8 +239,8 @@ Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const 
                  Stream stream);
 
 // Merges num_states partial states of the same rows, in order, into `merged` (may alias the first).
-// rows = batch * q_len * num_q_heads of the problem; the identity is m = -inf, zeros. The array of
-// states is host memory, on CUDA too; what they point to is the device's, in multiples of 16 bytes.
+// Rows: batch * q_len * num_q_heads of the problem, on CUDA at most 2^26; the identity is m = -inf,
+// zeros. The array of states is host memory, on CUDA too; what they point to is the device's.
 Status merge_states(const AttentionProblem& problem, const StateView* states, int num_states,
                     const StateView& merged, const ParallelFor& parallel_for);
 Status merge_states(const AttentionProblem& problem, const StateView* states, int num_states,
