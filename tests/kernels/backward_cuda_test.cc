@@ -189,6 +189,17 @@ TEST_P(BackwardCuda, LongRowsStayWithinTheError) {
   }
 }
 
+// The exact results come from the CPU's float32 kernels: float64 would take minutes.
+TEST_P(BackwardCuda, TheLongestRowsStayWithinTheError) {
+  for (Case& c : cases_of({{4097, 4097, 1, 0, true}, {4097, 4097, 3, 200, true}}, {64, 128}, 12)) {
+    Case exact = c;
+    exact.problem.dtype = DType::kFloat32;
+    const Results forward =
+        cpu_forward_backward(exact, {static_cast<int>(std::thread::hardware_concurrency()), 0});
+    expect_close(c, backward(c, forward), forward);
+  }
+}
+
 TEST_P(BackwardCuda, PackedSequencesOfAllLengths) {
   std::vector<std::int32_t> q_lens;
   std::vector<std::int32_t> kv_lens;
@@ -244,6 +255,42 @@ TEST_P(BackwardCuda, ARowThatSeesOneKeyHasNoQueryGradients) {
       EXPECT_EQ(ours.dr, zeros) << name_of(c);
       EXPECT_LE(largest(ours.dk), 1e-2) << name_of(c);
       EXPECT_LE(relative_error(ours.dv, c.inputs.d_o), 1e-3) << name_of(c);
+    }
+  }
+}
+
+// A vector orthogonal to every q, added to every key, moves each row's t by a constant and no
+// gradient.
+TEST_P(BackwardCuda, AConstantOnTheProbesOfARowChangesNoGradient) {
+  for (std::int64_t head_dim : {64, 128}) {
+    Case c = case_of(problem_of(DType::kBFloat16, 1, 150, 333, 4, 2, head_dim));
+    const auto set_first = [&](Values* values, double value) {
+      for (std::size_t i = 0; i < values->size(); i += static_cast<std::size_t>(head_dim)) {
+        (*values)[i] = value;
+      }
+    };
+    set_first(&c.inputs.q, 0);
+    set_first(&c.inputs.r, 2);
+    set_first(&c.inputs.k, 0);
+    const Results before = exact_on_cpu(c);
+    set_first(&c.inputs.k, 50);
+    expect_close(c, backward(c), before);
+  }
+}
+
+// Infinities beyond a sequence instead of NaN.
+TEST_P(BackwardCuda, InfinitiesThatNobodySeesChangeNoBit) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {64, 96, 128}) {
+      for (Case& c : all_cases(dtype, head_dim, Data::kShifted, 203)) {
+        if (c.lengths.kv_lens.empty() && !c.problem.packed) continue;
+        const Results forward = exact_on_cpu(c);
+        const Results expected = backward(c, forward);
+        for (double unseen : {1.0, -1.0}) {
+          c.unseen = unseen * std::numeric_limits<double>::infinity();
+          expect_same_bits(backward(c, forward), expected);
+        }
+      }
     }
   }
 }

@@ -298,6 +298,19 @@ void Tensor::poison(std::int64_t b, std::int64_t i) {
   }
 }
 
+void Tensor::replace_poison(double value) {
+  cpu::with_element_type(dtype, [&](auto element) {
+    using T = decltype(element);
+    const std::vector<unsigned char> poison(sizeof(T), 0xff);
+    cpu::store(static_cast<cpu::RealOf<T>>(value), &element);
+    for (std::size_t at = 0; at + sizeof(T) <= bytes_.size(); at += sizeof(T)) {
+      if (std::equal(poison.begin(), poison.end(), &bytes_[at])) {
+        std::memcpy(&bytes_[at], &element, sizeof(T));
+      }
+    }
+  });
+}
+
 Values Tensor::values() const {
   Values values(static_cast<std::size_t>(batch * len * heads * head_dim));
   cpu::with_element_type(dtype, [&](auto element) {

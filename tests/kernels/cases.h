@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,8 @@ struct Case {
   Lengths lengths;
   Inputs inputs;
   std::vector<float> k_scale = {}, v_scale = {};  // of an FP8 cache; else empty
+  // What stands in k and v, and around them, where no query looks.
+  double unseen = std::numeric_limits<double>::quiet_NaN();
 };
 
 enum class Data {
@@ -89,6 +92,7 @@ class Tensor {
   void set(const Values& values);
   void set(Values values, const std::vector<float>& scale);  // values / the head's scale
   void poison(std::int64_t b, std::int64_t i);               // token i of entry b becomes NaN again
+  void replace_poison(double value);  // in gaps too, which are not intact any more
   Values values() const;
   bool gaps_intact() const;
 

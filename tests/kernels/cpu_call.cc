@@ -35,6 +35,7 @@ Tensor keys(const Case& c, const Values& values, const std::vector<float>& scale
       }
     }
   }
+  if (!std::isnan(c.unseen)) tensor.replace_poison(c.unseen);
   return tensor;
 }
 

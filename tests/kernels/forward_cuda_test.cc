@@ -185,6 +185,30 @@ TEST_P(ForwardCuda, PagesChangeNoBit) {
   }
 }
 
+// Infinities beyond a sequence instead of NaN: they survive a maximum, and their product with zero
+// is NaN.
+TEST_P(ForwardCuda, InfinitiesThatNobodySeesChangeNoBit) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {40, 64, 128, 256}) {
+      for (Case& c : all_cases(dtype, head_dim, Data::kShifted, 203)) {
+        if (c.lengths.kv_lens.empty() && !c.problem.packed) continue;
+        const Results expected = forward(c);
+        for (double unseen : {kInfinity, -kInfinity}) {
+          c.unseen = unseen;
+          CudaHow paged = how();
+          for (int page_size : {0, 16}) {
+            if (page_size > 0 && c.problem.packed) continue;
+            paged.page_size = page_size;
+            const Results ours = cuda_forward(c, paged);
+            EXPECT_EQ(ours.o, expected.o) << c.name << ", head_dim " << head_dim;
+            EXPECT_EQ(ours.lse, expected.lse) << c.name << ", head_dim " << head_dim;
+          }
+        }
+      }
+    }
+  }
+}
+
 // A chunk of a long prompt over what is cached of it.
 TEST_P(ForwardCuda, AChunkOverPagesHoldsTheError) {
   Lengths lengths;
@@ -236,6 +260,38 @@ TEST_P(ForwardCuda, ARowThatSeesOneKeyGivesItsValueExactly) {
       const Results ours = forward(c);
       EXPECT_EQ(ours.o, c.inputs.v) << name_of(dtype) << head_dim;
       EXPECT_EQ(ours.v_bar, c.inputs.v) << name_of(dtype) << head_dim;
+    }
+  }
+}
+
+TEST_P(ForwardCuda, ConstantValuesComeBack) {
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    Case c = case_of(problem_of(DType::kBFloat16, 1, 70, 333, 4, 2, head_dim), Data::kShifted);
+    std::fill(c.inputs.v.begin(), c.inputs.v.end(), 1.75);
+    const Values expected(c.inputs.q.size(), 1.75);
+    EXPECT_LE(relative_error(forward(c).o, expected), kLargestError) << head_dim;
+  }
+}
+
+// A vector orthogonal to every q, added to every key, moves each row's t by a constant and nothing
+// else: o must not follow, t_bar must.
+TEST_P(ForwardCuda, AConstantOnTheProbesOfARowChangesNothing) {
+  for (std::int64_t head_dim : {64, 128, 256}) {
+    Case c = case_of(problem_of(DType::kBFloat16, 1, 150, 333, 4, 2, head_dim));
+    const auto set_first = [&](Values* values, double value) {
+      for (std::size_t i = 0; i < values->size(); i += static_cast<std::size_t>(head_dim)) {
+        (*values)[i] = value;
+      }
+    };
+    set_first(&c.inputs.q, 0);
+    set_first(&c.inputs.r, 2);
+    set_first(&c.inputs.k, 0);
+    const Results before = forward(c);
+    set_first(&c.inputs.k, 50);
+    const Results after = forward(c);
+    EXPECT_LE(relative_error(after.o, before.o), kLargestError) << head_dim;
+    for (std::size_t i = 0; i < before.t_bar.size(); ++i) {
+      EXPECT_NEAR(after.t_bar[i], before.t_bar[i] + 100, 1e-2) << head_dim;
     }
   }
 }

@@ -2,6 +2,9 @@
 """The operators on a GPU: values, gradients, streams, graphs. A pass that a build has no CUDA
 kernel for must say so, and its tests are skipped with its words."""
 
+import importlib.util
+import shutil
+
 import pytest
 import torch
 
@@ -47,7 +50,7 @@ def case(name, head_dim, dtype, shifted=False):
 
 
 def with_gradients(function, tensors, d_o):
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+    leaves = [tensor.detach().requires_grad_() for tensor in tensors]
     o = function(*leaves)
     return [o.detach(), *torch.autograd.grad(o, leaves, d_o.to(o.dtype))]
 
@@ -116,6 +119,119 @@ def test_runs_in_a_graph(skip_without_kernel):
     mask["kv_lens"].copy_(int_tensor([90, 200]))
     graph.replay()
     assert torch.equal(o, parallax_cpp.attention(*tensors, **mask))
+
+
+def test_a_training_step_runs_in_a_graph(skip_without_kernel):
+    tensors, mask = case("window", 64, torch.bfloat16)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    d_o = torch.randn_like(tensors[0])
+
+    def step():
+        o = parallax_cpp.attention(*leaves, **mask)
+        return [o, *torch.autograd.grad(o, leaves, d_o)]
+
+    side = torch.cuda.Stream()  # as PyTorch wants it: warmed up beside the default stream
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        skip_without_kernel(step)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    with torch.no_grad():
+        for leaf in leaves:
+            leaf.normal_()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(results, step()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_runs_in_its_dtype(skip_without_kernel, dtype):
+    tensors, mask = case("causal", 64, torch.float32)
+    leaves = [tensor.requires_grad_() for tensor in tensors]
+    with torch.autocast("cuda", dtype=dtype):
+        o = skip_without_kernel(lambda: parallax_cpp.attention(*leaves, **mask))
+    assert o.dtype == dtype
+    assert torch.equal(o, parallax_cpp.attention(*(leaf.to(dtype) for leaf in leaves), **mask))
+    o.sum().backward()
+    assert all(leaf.grad.dtype == torch.float32 and leaf.grad.any() for leaf in leaves)
+
+
+HAS_INDUCTOR = importlib.util.find_spec("triton") is not None and shutil.which("gcc") is not None
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [
+        "aot_eager",
+        pytest.param(
+            "inductor", marks=pytest.mark.skipif(not HAS_INDUCTOR, reason="needs triton and gcc")
+        ),
+    ],
+)
+def test_compiles_whole(skip_without_kernel, backend):
+    torch._dynamo.reset()
+    tensors, mask = case("window", 64, torch.bfloat16)
+    d_o = torch.randn_like(tensors[0])
+
+    def mixer(q, r, k, v):
+        return parallax_cpp.attention(q * 2, r, k, v, **mask).mul(0.5)
+
+    skip_without_kernel(lambda: mixer(*tensors))
+    compiled = torch.compile(mixer, fullgraph=True, backend=backend)
+    # Powers of two are exact, so that the order of roundings does not show.
+    ours, eager = (with_gradients(function, tensors, d_o) for function in (compiled, mixer))
+    assert all(torch.equal(a, b) for a, b in zip(ours, eager))
+
+
+def test_strides_change_no_bit(skip_without_kernel):
+    """Heads before tokens, and slices of one projection, as models have them."""
+    tensors, mask = case("causal", 64, torch.bfloat16)
+    d_o = torch.randn_like(tensors[0])
+
+    def results(strided):
+        return with_gradients(lambda *x: parallax_cpp.attention(*x, **mask), strided, d_o)
+
+    expected = skip_without_kernel(lambda: results(tensors))
+    heads_first = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in tensors]
+    sizes = [tensor.shape[2] for tensor in tensors]
+    projection = torch.cat(tensors, 2).flatten(2)
+    slices = [
+        part.unflatten(-1, (size, 64))
+        for part, size in zip(projection.split([64 * size for size in sizes], -1), sizes)
+    ]
+    for strided in (heads_first, slices):
+        assert not strided[0].is_contiguous()
+        assert all(torch.equal(a, b) for a, b in zip(results(strided), expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_tensors_of_another_gpu(skip_without_kernel):
+    """While the first is current: kernels, allocations and streams are the tensors' GPU's."""
+    tensors, mask = case("lengths", 64, torch.bfloat16)
+    d_o = torch.randn_like(tensors[0])
+    there = [tensor.to("cuda:1") for tensor in tensors]
+    mask_there = {name: value.to("cuda:1") for name, value in mask.items()}
+
+    def results(tensors, mask, d_o):
+        return with_gradients(lambda *x: parallax_cpp.attention(*x, **mask), tensors, d_o)
+
+    expected = skip_without_kernel(lambda: results(tensors, mask, d_o))
+    ours = results(there, mask_there, d_o.to("cuda:1"))
+    q, r, k, v = (tensor[:, -1:] if i < 2 else tensor for i, tensor in enumerate(there))
+    caches = [torch.full_like(x, torch.nan) for x in (k, v)]
+    positions = torch.zeros(2, dtype=torch.int32, device="cuda:1")
+    parallax_cpp.append_kv(k, v, *caches, positions=positions)
+    schedule = parallax_cpp.decode_schedule(q, caches[0], **mask_there)
+    o = parallax_cpp.decode(q, r, *caches, **mask_there, schedule=schedule)
+    state = parallax_cpp.decode(q, r, *caches, **mask_there, return_state=True)
+    through = parallax_cpp.finalize(parallax_cpp.merge([state]), dtype=q.dtype)[0]
+    assert torch.cuda.current_device() == 0
+    assert all(x.device.index == 1 for x in (*ours, schedule, o, through))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip((x.cpu() for x in ours), expected))
+    here = [x.to("cuda:0") for x in (q, r, k, v)]
+    assert torch.equal(o.cpu(), parallax_cpp.decode(*here, **mask).cpu())
+    torch.testing.assert_close(through, o, rtol=2**-6, atol=1e-2)
 
 
 def test_decode_equals_attention(skip_without_kernel):
