@@ -27,6 +27,7 @@ namespace parallax::bench {
 namespace {
 
 using nlohmann::json;
+using Clock = std::chrono::steady_clock;
 
 constexpr int kWarmUps = 3;
 
@@ -49,10 +50,10 @@ void synchronize(at::Device device) {
 // Seconds of work that has ended when this returns.
 double seconds_of(at::Device device, const std::function<void()>& work) {
   synchronize(device);
-  const auto start = std::chrono::steady_clock::now();
+  const auto start = Clock::now();
   work();
   synchronize(device);
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
 double median(std::vector<double> values) {
@@ -101,7 +102,26 @@ class Subject {
     }
   }
 
-  // A step as generation makes it, the likeliest tokens chosen on the device.
+  // Seconds from one step's tokens to the next one's, always the likeliest, as generation makes
+  // them: on a GPU the next step is under way before the last one's tokens are known here.
+  std::vector<double> timed_steps(std::int64_t count) {
+    std::vector<double> seconds;
+    if (!step_.greedy()) {
+      while (std::ssize(seconds) < count) seconds.push_back(timed_step(/*eager=*/false));
+      return seconds;
+    }
+    step_.start(tokens_);
+    auto last = Clock::now();
+    while (std::ssize(seconds) < count) {
+      if (std::ssize(seconds) + 1 < count) step_.start_next();
+      tokens_ = step_.take();
+      seconds.push_back(std::chrono::duration<double>(Clock::now() - last).count());
+      last = Clock::now();
+    }
+    return seconds;
+  }
+
+  // One step with a wait at its end.
   double timed_step(bool eager) {
     return seconds_of(model_.device(), [&] {
       const at::Tensor logits = eager ? step_.run_eager(tokens_) : step_(tokens_);
@@ -155,15 +175,15 @@ void write_trace(Subject& subject, const std::string& path) {
                             torch::profiler::impl::ActivityType::CUDA};
   profiler::prepareProfiler(config, activities);
   profiler::enableProfiler(config, activities);
-  for (int i = 0; i < 3; ++i) subject.timed_step(false);
+  subject.timed_steps(3);
   profiler::disableProfiler()->save(path);
 }
 
 json measure(Subject& subject, const std::string& mixer, std::int64_t batch, double bandwidth,
              std::int64_t steps) {
-  std::vector<double> graph, eager;
-  for (int i = 0; i < kWarmUps; ++i) subject.timed_step(false);
-  for (std::int64_t i = 0; i < steps; ++i) graph.push_back(subject.timed_step(false));
+  std::vector<double> eager;
+  subject.timed_steps(kWarmUps);
+  const std::vector<double> graph = subject.timed_steps(steps);
   const double floor = subject.bytes() / bandwidth;
   for (std::int64_t i = 0; i < steps / 4; ++i) eager.push_back(subject.timed_step(true));
   const double step = median(graph);

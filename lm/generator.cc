@@ -30,6 +30,11 @@ bool likelier(const Candidate& a, const Candidate& b) {
   return a.weight != b.weight ? a.weight > b.weight : a.token < b.token;
 }
 
+Error not_finite() {
+  return Error(
+      "the model's logits are not finite: its weights are damaged, try an earlier checkpoint");
+}
+
 std::vector<Candidate> finite_candidates(const at::Tensor& logits) {
   const at::Tensor values = logits.to(at::kCPU, at::kDouble).contiguous();
   const double* value = values.const_data_ptr<double>();
@@ -37,11 +42,7 @@ std::vector<Candidate> finite_candidates(const at::Tensor& logits) {
   for (std::int32_t token = 0; token < values.numel(); ++token) {
     if (std::isfinite(value[token])) candidates.push_back({token, value[token]});
   }
-  if (candidates.empty()) {
-    throw Error(
-        "the model's logits are not finite: its weights are damaged, try an earlier "
-        "checkpoint");
-  }
+  if (candidates.empty()) throw not_finite();
   return candidates;
 }
 
@@ -125,6 +126,10 @@ class Text {
   }
   std::int64_t max_len() const { return generation_.prompt_tokens + max_new_tokens_; }
   std::int32_t newest() const { return generation_.tokens.back(); }
+  // New tokens that it may still get.
+  std::int64_t room() const {
+    return max_new_tokens_ - static_cast<std::int64_t>(generation_.tokens.size());
+  }
   Generation take() { return std::move(generation_); }
 
   std::int32_t sample(const at::Tensor& logits) { return sampler_.sample(logits); }
@@ -136,8 +141,7 @@ class Text {
       generation_.tokens.push_back(token);
       emit(characters_.push(tokenizer_.token_bytes(token)));
     }
-    const bool full = static_cast<std::int64_t>(generation_.tokens.size()) == max_new_tokens_;
-    if (!generation_.ended && !full) return true;
+    if (!generation_.ended && room() > 0) return true;
     emit(characters_.finish());
     if (listener_.on_done) listener_.on_done(index_, generation_);
     return false;
@@ -179,7 +183,7 @@ class Batch {
         max_batch_(
             std::min<std::int64_t>(options.max_batch, static_cast<std::int64_t>(texts.size()))),
         cache_(model.make_cache(shape(options))),
-        step_(model, cache_) {}
+        step_(model, cache_, tokenizer.vocab_size()) {}
 
   GenerationTimes run() {
     while (next_ < texts_.size() || !growing_.empty()) {
@@ -188,7 +192,7 @@ class Batch {
       times_.prefill_seconds += seconds_since(start);
       if (growing_.empty()) continue;
       start = Clock::now();
-      step();
+      is_greedy_&& step_.greedy() ? write_on() : step();
       times_.decode_seconds += seconds_since(start);
     }
     return times_;
@@ -258,12 +262,45 @@ class Batch {
     if (from >= 0) cache_.fork(from, row, longest);
   }
 
+  std::vector<std::int32_t> newest() const {
+    std::vector<std::int32_t> tokens;
+    for (const std::size_t text : growing_) tokens.push_back(texts_[text].newest());
+    return tokens;
+  }
+
   // A token more for each.
   void step() {
-    std::vector<std::int32_t> newest;
-    for (const std::size_t text : growing_) newest.push_back(texts_[text].newest());
-    grow(0, step_(newest));
-    times_.decode_tokens += static_cast<std::int64_t>(newest.size());
+    const std::vector<std::int32_t> tokens = newest();
+    grow(0, step_(tokens));
+    times_.decode_tokens += static_cast<std::int64_t>(tokens.size());
+  }
+
+  // Tokens for all until a text is complete, always the likeliest. A step is under way before the
+  // tokens of the one before it are known here; what it finds for a text that has ended is dropped.
+  void write_on() {
+    std::vector<bool> complete(growing_.size());
+    const auto take = [&] {
+      const std::vector<std::int32_t> tokens = step_.take();
+      for (std::size_t row = growing_.size(); row-- > 0;) {
+        if (complete[row]) continue;
+        if (tokens[row] < 0) throw not_finite();
+        complete[row] = !texts_[growing_[row]].grow(tokens[row]);
+        ++times_.decode_tokens;
+      }
+      return std::find(complete.begin(), complete.end(), true) == complete.end();
+    };
+    step_.start(newest());
+    bool all_go_on = true;
+    while (all_go_on) {
+      const bool next = std::all_of(growing_.begin(), growing_.end(),
+                                    [&](std::size_t text) { return texts_[text].room() > 1; });
+      if (next) step_.start_next();
+      all_go_on = take();
+      if (!all_go_on && next) take();
+    }
+    for (std::size_t row = growing_.size(); row-- > 0;) {
+      if (complete[row]) remove(row);
+    }
   }
 
   // The texts in the rows from `first` on get a token each, by their logits [rows, vocab_size].

@@ -43,7 +43,7 @@ KvCache::KvCache(const ModelConfig& config, const KvCacheShape& shape, at::Tenso
   host_tables_ = at::zeros({table_begin() + shape_.batch * max_pages_}, at::kInt);
   tables_ = host_tables_.to(options.device());
   for (std::int64_t row = 0; row < shape_.batch; ++row) write_row(row);
-  upload(true);
+  upload_all();
   // An idle row writes into a token of its own, in pages behind the pool.
   const std::int64_t all_pages = shape_.num_pages + divide_up(shape_.batch, shape_.page_size);
   storage_ = at::empty(
@@ -65,11 +65,25 @@ void KvCache::reserve(std::int64_t row, std::int64_t new_tokens) {
   check_room({row, 1}, new_tokens);
   take(row, new_tokens);
   write_row(row);
-  upload(true);
+  upload_all();
 }
 
 void KvCache::append(RowRange rows, std::int64_t new_tokens) {
   check_room(rows, new_tokens);
+  count(rows, new_tokens) ? upload_all() : upload_lens();
+}
+
+void KvCache::append_counted(RowRange rows) {
+  if (counted_ != rows) {
+    throw Error("key/value cache: the device has not counted a token more in rows " +
+                std::to_string(rows.first) + " to " + std::to_string(rows.first + rows.count - 1) +
+                ": append the tokens themselves");
+  }
+  check_room(rows, 1);
+  if (count(rows, 1)) upload_pages();
+}
+
+bool KvCache::count(RowRange rows, std::int64_t new_tokens) {
   bool pages_changed = false;
   for (std::int64_t row = rows.first; row < rows.first + rows.count; ++row) {
     const bool takes = writes_shared_page(row) || static_cast<std::int64_t>(pages_[row].size()) <
@@ -80,7 +94,7 @@ void KvCache::append(RowRange rows, std::int64_t new_tokens) {
     write_row(row);
     host_tables_.mutable_data_ptr<std::int32_t>()[row] = static_cast<std::int32_t>(begin);
   }
-  upload(pages_changed);
+  return pages_changed;
 }
 
 void KvCache::append(std::int64_t first_row, const std::vector<std::int32_t>& tokens) {
@@ -114,7 +128,7 @@ void KvCache::fork(std::int64_t from, std::int64_t to, std::int64_t len) {
   for (const std::int32_t page : pages_[to]) ++references_[page];
   lens_[to] = len;
   write_row(to);
-  upload(true);
+  upload_all();
 }
 
 void KvCache::release(std::int64_t row) {
@@ -123,7 +137,7 @@ void KvCache::release(std::int64_t row) {
   pages_[row].clear();
   lens_[row] = 0;
   write_row(row);
-  upload(true);
+  upload_all();
 }
 
 bool KvCache::all_have(RowRange rows, std::int64_t len) const {
@@ -253,11 +267,23 @@ void KvCache::write_row(std::int64_t row) {
   tables[2 * shape_.batch + row] = table[0] * static_cast<std::int32_t>(shape_.page_size);
 }
 
-void KvCache::upload(bool page_table_too) {
+void KvCache::upload_lens() {
+  counted_.reset();
+  upload(0, table_begin());
+}
+
+void KvCache::upload_all() {
+  counted_.reset();
+  upload(0, tables_.numel());
+}
+
+void KvCache::upload_pages() { upload(table_begin(), tables_.numel()); }
+
+void KvCache::upload(std::int64_t begin, std::int64_t end) {
   if (tables_.is_same(host_tables_)) return;
-  const std::int64_t count = page_table_too ? tables_.numel() : table_begin();
   // Pageable memory: the copy has left it when this returns.
-  tables_.narrow(0, 0, count).copy_(host_tables_.narrow(0, 0, count), /*non_blocking=*/true);
+  tables_.narrow(0, begin, end - begin)
+      .copy_(host_tables_.narrow(0, begin, end - begin), /*non_blocking=*/true);
 }
 
 }  // namespace parallax::lm

@@ -7,6 +7,7 @@
 #include <torch/torch.h>
 
 #include <cstdint>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -27,6 +28,7 @@ struct KvCacheShape {
 struct RowRange {
   std::int64_t first = 0;
   std::int64_t count = 1;
+  bool operator==(const RowRange&) const = default;
 };
 
 // Row b holds one sequence, or is idle (length 0, no pages). The tensors below keep their addresses
@@ -52,6 +54,13 @@ class KvCache {
   // The same for one token in each row from `first_row` on, tokens[i] in row first_row + i, which
   // newest() then tells the device.
   void append(std::int64_t first_row, const std::vector<std::int32_t>& tokens);
+
+  // The device has counted, or will before anything that is queued after this call, a token more in
+  // each of the rows that is not idle, and knows which (ops::next_tokens).
+  void let_device_count(RowRange rows) { counted_ = rows; }
+  // Counts it here too: nothing but new pages goes to the device. Throws as append does, and where
+  // the device has not counted these rows or has been told other lengths since.
+  void append_counted(RowRange rows);
 
   // Lets the idle row `to` hold what `from` holds, or the first len tokens of it, in the same
   // pages. Whoever appends first to a page that is shared copies it.
@@ -107,8 +116,13 @@ class KvCache {
   void own_last_page(std::int64_t row);
   std::int32_t take_page();
   void drop(std::int32_t page);
+  // Counts new_tokens more in each of the rows. -> whether their pages are others now.
+  bool count(RowRange rows, std::int64_t new_tokens);
   void write_row(std::int64_t row);
-  void upload(bool page_table_too);
+  void upload_all();
+  void upload_lens();  // and all else but the page table
+  void upload_pages();
+  void upload(std::int64_t begin, std::int64_t end);
 
   KvCacheShape shape_;
   std::int64_t max_pages_ = 0;
@@ -116,6 +130,7 @@ class KvCache {
   std::vector<std::int64_t> lens_;                // of each row
   std::vector<std::int32_t> references_;          // to each page
   std::set<std::int32_t> free_;                   // the lowest is taken first
+  std::optional<RowRange> counted_;               // by the device, ahead of lens_
   // int32: positions [batch], kv_lens [batch], origins [batch + 1], newest [batch], page_table
   // [batch, max_pages]. On a CPU the two are one.
   at::Tensor host_tables_, tables_;

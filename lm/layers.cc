@@ -146,6 +146,15 @@ at::Tensor project_normed(const at::Tensor& x, const Norm& norm,
   return project(rms_norm(x, norm.gain, norm.eps), weights).to(y_dtype);
 }
 
+void argmax_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& w,
+                   const at::Tensor& words) {
+  if (few_rows_weight(x, {w}).defined()) {
+    ops::few_rows_argmax(words, x, w, input_norm(x, norm));
+  } else {
+    ops::argmax_rows(words, project(rms_norm(x, norm.gain, norm.eps), {w}).to(at::kFloat));
+  }
+}
+
 at::Tensor swiglu_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& gate,
                          const at::Tensor& up) {
   if (const at::Tensor w = few_rows_weight(x, {gate, up}); w.defined()) {

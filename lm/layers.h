@@ -59,6 +59,10 @@ at::Tensor project_normed(const at::Tensor& x, const Norm& norm,
                           const std::vector<at::Tensor>& weights,
                           std::optional<at::ScalarType> dtype = {});
 
+// Raises argmax words [rows] (ops/step.h) to those of project(rms_norm(x), {w}), x [rows, in].
+void argmax_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& w,
+                   const at::Tensor& words);
+
 // swiglu(project(rms_norm(x), {gate, up})).
 at::Tensor swiglu_normed(const at::Tensor& x, const Norm& norm, const at::Tensor& gate,
                          const at::Tensor& up);

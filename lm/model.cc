@@ -201,6 +201,19 @@ at::Tensor CausalLm::forward_cached(const at::Tensor& tokens, KvCache& cache,
 
 at::Tensor CausalLm::decode(const at::Tensor& tokens, KvCache& cache, RowRange rows) {
   const at::NoGradGuard no_grad;
+  const at::Tensor x = decode_hidden(tokens, cache, rows);
+  const at::ScalarType dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
+  return project_normed(x, {norm_->weight, config_.rms_norm_eps}, {head_weight()}, dtype);
+}
+
+void CausalLm::decode_argmax(const at::Tensor& tokens, KvCache& cache, RowRange rows,
+                             std::int64_t num_tokens, const at::Tensor& words) {
+  const at::NoGradGuard no_grad;
+  argmax_normed(decode_hidden(tokens, cache, rows), {norm_->weight, config_.rms_norm_eps},
+                head_weight().narrow(0, 0, num_tokens), words);
+}
+
+at::Tensor CausalLm::decode_hidden(const at::Tensor& tokens, KvCache& cache, RowRange rows) {
   CachedForward call{cache, rows, {}, {}, {}};
   if (tokens.size(1) >= kPrefillLen) {
     const at::Tensor steps = at::arange(tokens.size(1), tokens.options().dtype(at::kInt));
@@ -211,9 +224,7 @@ at::Tensor CausalLm::decode(const at::Tensor& tokens, KvCache& cache, RowRange r
   for (std::size_t layer = 0; layer < layers_.size(); ++layer) {
     x = layers_[layer]->forward_cached(x, call, static_cast<std::int64_t>(layer));
   }
-  const at::ScalarType dtype = x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-  return project_normed(x.select(1, -1), {norm_->weight, config_.rms_norm_eps}, {head_weight()},
-                        dtype);
+  return x.select(1, -1);
 }
 
 void CausalLm::prepare_for_inference() {

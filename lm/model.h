@@ -60,6 +60,11 @@ class CausalLm : public torch::nn::Module {
   // nothing that a CUDA graph could not hold.
   at::Tensor decode(const at::Tensor& tokens, KvCache& cache, RowRange rows);
 
+  // The same on a GPU, where of the logits of ids below num_tokens only the argmax words
+  // (ops/step.h) are wanted: raises words [count] to them.
+  void decode_argmax(const at::Tensor& tokens, KvCache& cache, RowRange rows,
+                     std::int64_t num_tokens, const at::Tensor& words);
+
   // Casts the weights to the dtype of compute_in and lets those that meet the same input lie one
   // after another, so that no forward does either again. Ends training.
   void prepare_for_inference();
@@ -84,6 +89,8 @@ class CausalLm : public torch::nn::Module {
   at::Tensor embed(const at::Tensor& tokens) const;
   Rope rope(const at::Tensor& positions) const;
   at::Tensor final_norm(const at::Tensor& x) const;
+  // decode() up to the residual stream of the last position [count, hidden_size].
+  at::Tensor decode_hidden(const at::Tensor& tokens, KvCache& cache, RowRange rows);
 
   ModelConfig config_;
   at::ScalarType compute_dtype_ = at::kFloat;

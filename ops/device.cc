@@ -57,6 +57,15 @@ void require_cpu(const char* op, const at::Tensor& tensor) {
                               tensor.device(), "; move the tensors to the CPU");
 }
 
+// The current stream of a GPU tensor's device.
+Stream stream_of([[maybe_unused]] const at::Tensor& like) {
+#ifdef PARALLAX_OPS_CUDA
+  return c10::cuda::getCurrentCUDAStream(like.get_device()).stream();
+#else
+  return nullptr;
+#endif
+}
+
 // Checks call(device, stream) where `like` is on a GPU, call(parallel_for) where it is not.
 template <class Call>
 void run_on_device(const char* op, const at::Tensor& like, const Call& call) {
@@ -146,12 +155,17 @@ void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem
 
 void run_few_rows(const char* op, const at::Tensor& like, const FewRowsProblem& problem,
                   const FewRowsArgs& args) {
-#ifdef PARALLAX_OPS_CUDA
-  const Stream stream = c10::cuda::getCurrentCUDAStream(like.get_device()).stream();
-#else
-  const Stream stream = nullptr;
-#endif
-  check_status(op, few_rows(problem, args, device_of(op, like), stream));
+  check_status(op, few_rows(problem, args, device_of(op, like), stream_of(like)));
+}
+
+void run_argmax(const char* op, const at::Tensor& logits, std::uint64_t* words) {
+  check_status(op,
+               argmax_of_rows(logits.size(0), logits.size(1), logits.const_data_ptr<float>(),
+                              logits.stride(0), words, device_of(op, logits), stream_of(logits)));
+}
+
+void run_next_tokens(const char* op, const at::Tensor& like, const NextTokensArgs& args) {
+  check_status(op, next_tokens(like.size(0), args, device_of(op, like), stream_of(like)));
 }
 
 }  // namespace parallax::ops

@@ -41,5 +41,7 @@ void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem
 // REQUIRES: `like` is on a GPU.
 void run_few_rows(const char* op, const at::Tensor& like, const FewRowsProblem& problem,
                   const FewRowsArgs& args);
+void run_argmax(const char* op, const at::Tensor& logits, std::uint64_t* words);
+void run_next_tokens(const char* op, const at::Tensor& like, const NextTokensArgs& args);
 
 }  // namespace parallax::ops

@@ -67,6 +67,18 @@ void run(const at::Tensor& x, const at::Tensor& w, const std::optional<InputNorm
   run_few_rows(kName, x, problem, args);
 }
 
+std::uint64_t* words_of(const at::Tensor& words) {
+  return reinterpret_cast<std::uint64_t*>(words.mutable_data_ptr<std::int64_t>());
+}
+
+void check_words(const at::Tensor& words, const at::Tensor& rows, const char* op) {
+  TORCH_CHECK_VALUE(words.scalar_type() == at::kLong && words.dim() == 1 && words.is_contiguous() &&
+                        words.size(0) == rows.size(0) && words.device() == rows.device(),
+                    "parallax::", op, ": words: expected int64 [", rows.size(0), "] on ",
+                    rows.device(), ", got ", words.sizes(), " ", words.dtype(), " on ",
+                    words.device());
+}
+
 at::Tensor empty_like_rows(const at::Tensor& x, std::int64_t out, at::ScalarType dtype) {
   at::DimVector sizes(x.sizes());
   sizes.back() = out;
@@ -114,6 +126,52 @@ void few_rows_add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& w,
                     "parallax::", kName, ": y: expected as many contiguous rows as x has, of ",
                     w.size(0), " elements, ", x.dtype(), ", got ", y.sizes(), " ", y.dtype());
   run(x, w, {}, y, FewRowsForm::kAdd, next);
+}
+
+void few_rows_argmax(const at::Tensor& words, const at::Tensor& x, const at::Tensor& w,
+                     const std::optional<InputNorm>& norm) {
+  check_input(x, w, norm);
+  const at::Tensor x_rows = rows_of(x);
+  check_words(words, x_rows, kName);
+  FewRowsArgs args = input_args(x_rows, w, norm);
+  args.y = words_of(words);
+  run_few_rows(kName, x,
+               {kernel_dtype(x), x_rows.size(0), x_rows.size(1), w.size(0), FewRowsForm::kArgmax},
+               args);
+}
+
+void argmax_rows(const at::Tensor& words, const at::Tensor& logits) {
+  TORCH_CHECK_VALUE(logits.is_cuda() && logits.dim() == 2 && logits.scalar_type() == at::kFloat &&
+                        logits.stride(1) == 1,
+                    "parallax::argmax: logits: expected float [rows, columns] on a GPU, got ",
+                    logits.sizes(), " ", logits.dtype(), " on ", logits.device());
+  check_words(words, logits, "argmax");
+  run_argmax("argmax", logits, words_of(words));
+}
+
+void next_tokens(const NextTokens& next) {
+  const char* op = "next_tokens";
+  const at::Tensor& tokens = next.tokens;
+  for (const auto& [name, each] : {std::pair{"tokens", tokens},
+                                   {"positions", next.positions},
+                                   {"kv_lens", next.kv_lens},
+                                   {"found", next.found}}) {
+    TORCH_CHECK_VALUE(each.scalar_type() == at::kInt && each.is_contiguous() && each.dim() >= 1 &&
+                          each.size(0) == tokens.size(0),
+                      "parallax::", op, ": ", name, ": expected contiguous int32 of ",
+                      tokens.size(0), " rows, got ", each.sizes(), " ", each.dtype());
+  }
+  TORCH_CHECK_VALUE(next.found.is_cpu() && next.found.numel() == 2 * tokens.size(0),
+                    "parallax::", op, ": found: expected pinned memory [", tokens.size(0),
+                    ", 2], got ", next.found.sizes(), " on ", next.found.device());
+  check_words(next.words, tokens, op);
+  NextTokensArgs args;
+  args.words = words_of(next.words);
+  args.tokens = tokens.mutable_data_ptr<std::int32_t>();
+  args.positions = next.positions.mutable_data_ptr<std::int32_t>();
+  args.kv_lens = next.kv_lens.mutable_data_ptr<std::int32_t>();
+  args.found = next.found.mutable_data_ptr<std::int32_t>();
+  run_next_tokens(op, tokens, args);
 }
 
 }  // namespace parallax::ops

@@ -39,6 +39,21 @@ at::Tensor few_rows_swiglu(const at::Tensor& x, const at::Tensor& w,
 void few_rows_add(const at::Tensor& y, const at::Tensor& x, const at::Tensor& w,
                   const at::Tensor& next = {});
 
+// The likeliest tokens, without a way over the host. An argmax word stands for a column
+// (parallax/step.h); `words` int64 [rows], 0 before the first call of a step, becomes those of x
+// w^T, or of logits float [rows, columns], whose elements are contiguous.
+void few_rows_argmax(const at::Tensor& words, const at::Tensor& x, const at::Tensor& w,
+                     const std::optional<InputNorm>& norm);
+void argmax_rows(const at::Tensor& words, const at::Tensor& logits);
+
+// Ends a step whose next one follows without the host: NextTokensArgs of parallax/step.h, int32
+// and contiguous but for words; `found` is pinned memory of the host.
+struct NextTokens {
+  at::Tensor words, tokens, positions, kv_lens;  // [rows]
+  at::Tensor found;                              // [rows, 2]
+};
+void next_tokens(const NextTokens& next);
+
 // decode (parallax_ops.h) where kv_lens, kv_start, page table, scales, schedule and caches are
 // settled, but for the newest q_len tokens of each sequence.
 at::Tensor decode_settled(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k_cache,

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: MIT
-// Products of a few rows and what follows them: nothing, SwiGLU, a residual.
+// Products of a few rows and what follows them: nothing, SwiGLU, a residual, the largest.
 #include <cmath>
 #include <string>
 
+#include "cuda/argmax.cuh"
 #include "cuda/few_rows.cuh"
 #include "cuda/launch.h"
 
@@ -36,6 +37,34 @@ struct Output {
   }
 };
 
+// The same of argmax words: lanes of the same rows have other columns.
+template <int kGroups>
+struct ArgmaxOutput {
+  const FewRowsParams& params;
+  int row, column;
+
+  __device__ __forceinline__ std::uint64_t* word(int i) const {
+    return static_cast<std::uint64_t*>(params.args.y) + row + i;
+  }
+  // Asked for before the sums are made.
+  __device__ __forceinline__ std::uint64_t seen(int i) const {
+    const bool asked = params.form == FewRowsForm::kArgmax && row + i < params.rows;
+    return asked ? __ldcg(word(i)) : 0;
+  }
+  __device__ __forceinline__ void write(int i, std::uint64_t seen,
+                                        const float (&result)[2 * kGroups]) const {
+    std::uint64_t largest = 0;
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      const int at = column + n * kGroupRows;
+      if (at < params.out) largest = max(largest, argmax_word(result[2 * n + i], at));
+    }
+    largest = largest_of_lanes<4>(largest);
+    const bool is_first = threadIdx.x % 32 < 4;
+    if (is_first && row + i < params.rows) raise(word(i), largest, seen);
+  }
+};
+
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
 // Registers: next to the CTAs of such a kernel those of the next one shall find room.
@@ -53,9 +82,16 @@ __global__ void __maxnreg__(kTiles == 1 ? 128 : 168)
   T old[2 * kGroups];
 #pragma unroll
   for (int i = 0; i < 2 * kGroups; ++i) old[i] = output.old(i);
+  const ArgmaxOutput<kGroups> argmax{params, cta.x_row(), first_row + cta.g()};
+  const std::uint64_t seen[2] = {argmax.seen(0), argmax.seen(1)};
   float result[2 * kGroups];
   cta.multiply(result);
   if (!cta.finishes()) return;
+  if (params.form == FewRowsForm::kArgmax) {
+    argmax.write(0, seen[0], result);
+    argmax.write(1, seen[1], result);
+    return;
+  }
   if (kGroups == 2 && params.form == FewRowsForm::kSwiGlu) {
     output.write(0, silu(result[0]) * result[2 * kGroups - 2]);
     output.write(1, silu(result[1]) * result[2 * kGroups - 1]);

@@ -314,6 +314,130 @@ TEST_P(FewRowsCuda, AChainInAGraphGivesTheBitsOfOneCallAtATime) {
   }
 }
 
+// What a greedy sampler takes: the largest of what is finite, the first of equal ones, -1 for none.
+std::int32_t argmax_of(const float* row, std::int64_t columns) {
+  std::int32_t best = -1;
+  for (std::int32_t j = 0; j < columns; ++j) {
+    if (std::isfinite(row[j]) && (best < 0 || row[j] > row[best])) best = j;
+  }
+  return best;
+}
+
+// The columns of argmax words, by way of next_tokens, which leaves the words 0.
+std::vector<std::int32_t> columns_of(const DeviceMemory& words, std::int64_t rows) {
+  std::vector<std::int32_t> lens(rows, 6), pairs(2 * rows), columns(rows);
+  DeviceMemory tokens(4 * lens.size()), positions(4 * lens.size()), kv_lens(4 * lens.size()),
+      found(8 * lens.size());
+  kv_lens.upload(lens.data(), kv_lens.size());
+  const NextTokensArgs args{
+      static_cast<std::uint64_t*>(words.data()), static_cast<std::int32_t*>(tokens.data()),
+      static_cast<std::int32_t*>(positions.data()), static_cast<std::int32_t*>(kv_lens.data()),
+      static_cast<std::int32_t*>(found.data())};
+  EXPECT_TRUE(next_tokens(rows, args, cuda_device(), nullptr).ok());
+  found.download(pairs.data(), found.size());
+  for (std::int64_t row = 0; row < rows; ++row) columns[row] = pairs[2 * row];
+  std::vector<std::uint64_t> left(rows);
+  words.download(left.data(), 8 * left.size());
+  EXPECT_EQ(left, std::vector<std::uint64_t>(rows, 0));
+  return columns;
+}
+
+// Rows of w are there twice, so each logit is; one column is not a number, one row of x neither.
+TEST_P(FewRowsCuda, ArgmaxIsThatOfTheFloats) {
+  for (const std::int64_t rows : {1, 2, 8, 9, 16}) {
+    for (const auto& [in, out] : {std::pair<std::int64_t, std::int64_t>{8, 1},
+                                  {40, 37},
+                                  {264, 2217},
+                                  {1000, 9000},
+                                  {12296, 9}}) {
+      FewRowsCall call({{DType::kBFloat16, rows, in, out, FewRowsForm::kFloatProduct}, rows != 2},
+                       device_);
+      Bits& w = call.host.w.bits;
+      const std::int64_t stride = call.host.w.stride;
+      for (std::int64_t j = 0; j < out / 2; ++j) {
+        std::copy_n(w.begin() + j * stride, in, w.begin() + (out - 1 - j) * stride);
+      }
+      if (out > 8) w[7 * stride + 3] = 0x7fc0;
+      call.w.memory.upload(w.data(), 2 * w.size());
+      if (rows > 8) call.host.x.bits[5 * call.host.x.stride] = 0x7fc0;
+      call.x.memory.upload(call.host.x.bits.data(), 2 * call.host.x.bits.size());
+      call.reset();
+      ASSERT_TRUE(call.run().ok());
+      const std::vector<std::uint8_t> raw = call.bytes();
+      std::vector<std::int32_t> expected;
+      for (std::int64_t i = 0; i < rows; ++i) {
+        const auto* row = reinterpret_cast<const float*>(raw.data()) + i * call.host.y.stride;
+        expected.push_back(argmax_of(row, out));
+      }
+      const std::vector<std::uint64_t> none(rows, 0);
+      DeviceMemory words(8 * none.size());
+      words.upload(none.data(), words.size());
+      call.args.y = words.data();
+      call.problem.form = FewRowsForm::kArgmax;
+      ASSERT_TRUE(call.run().ok());
+      EXPECT_EQ(columns_of(words, rows), expected) << rows << " x " << in << " -> " << out;
+    }
+  }
+}
+
+TEST_P(FewRowsCuda, ArgmaxOfRowsTakesTheFirstOfTheLargestFinite) {
+  constexpr float kInf = std::numeric_limits<float>::infinity(), kNaN = std::nanf("");
+  constexpr std::int64_t kRows = 6, kColumns = 9000, kStride = kColumns + 3;
+  std::vector<float> logits(kRows * kStride, kInf);
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (std::int64_t j = 0; j < kColumns; ++j) {
+    logits[j] = normal(random);
+    logits[kStride + j] = -1 - static_cast<float>(j % 7);
+    logits[2 * kStride + j] = j == 8999 ? -3e38f : -kInf;
+    logits[3 * kStride + j] = j % 2 ? kNaN : kInf;
+    logits[4 * kStride + j] = j == 4095 ? -0.0f : j == 4096 ? 0.0f : -1.0f;
+    logits[5 * kStride + j] = static_cast<float>(j % 4500);
+  }
+  std::vector<std::int32_t> expected;
+  for (std::int64_t i = 0; i < kRows; ++i) {
+    expected.push_back(argmax_of(logits.data() + i * kStride, kColumns));
+  }
+  EXPECT_EQ(expected[3], -1);
+  EXPECT_EQ(expected[4], 4095);
+  DeviceMemory data(4 * logits.size()), words(8 * kRows);
+  data.upload(logits.data(), data.size());
+  const std::vector<std::uint64_t> none(kRows, 0);
+  for (int repeat = 0; repeat < 10; ++repeat) {
+    words.upload(none.data(), words.size());
+    ASSERT_TRUE(argmax_of_rows(kRows, kColumns, static_cast<const float*>(data.data()), kStride,
+                               static_cast<std::uint64_t*>(words.data()), cuda_device(), nullptr)
+                    .ok());
+    ASSERT_EQ(columns_of(words, kRows), expected);
+  }
+}
+
+// An empty row stays empty; the host finds a row's column where its length says.
+TEST_P(FewRowsCuda, NextTokensCountsWhatIsNotEmpty) {
+  const std::vector<std::int32_t> before{0, 5, 8, 3};
+  const std::vector<std::uint64_t> argmax{~std::uint64_t{2}, ~std::uint64_t{70}, 0,
+                                          ~std::uint64_t{0}};  // columns 2, 70, none, 0
+  DeviceMemory words(32), tokens(16), positions(16), kv_lens(16), found(32);
+  words.upload(argmax.data(), 32);
+  kv_lens.upload(before.data(), 16);
+  const auto ints = [](const DeviceMemory& memory) {
+    return static_cast<std::int32_t*>(memory.data());
+  };
+  const NextTokensArgs args{static_cast<std::uint64_t*>(words.data()), ints(tokens),
+                            ints(positions), ints(kv_lens), ints(found)};
+  ASSERT_TRUE(next_tokens(4, args, cuda_device(), nullptr).ok());
+  const auto now = [](const DeviceMemory& memory) {
+    std::vector<std::int32_t> values(memory.size() / 4);
+    memory.download(values.data(), memory.size());
+    return values;
+  };
+  EXPECT_EQ(now(tokens), (std::vector<std::int32_t>{2, 70, 0, 0}));
+  EXPECT_EQ(now(positions), (std::vector<std::int32_t>{-1, 5, 8, 3}));
+  EXPECT_EQ(now(kv_lens), (std::vector<std::int32_t>{0, 6, 9, 4}));
+  EXPECT_EQ(now(found), (std::vector<std::int32_t>{2, -1, -1, 70, -1, -1, -1, 0}));
+  EXPECT_EQ(now(words), std::vector<std::int32_t>(8, 0));
+}
+
 // The checks come before anything that needs a GPU.
 TEST(FewRowsRefusals, NameWhatIsWrong) {
   alignas(16) char memory[16];
@@ -349,6 +473,12 @@ TEST(FewRowsRefusals, NameWhatIsWrong) {
             "eps: expected a number of at least 0, got -1.000000");
   EXPECT_EQ(refusal([](auto&, auto&) {}),
             "few_rows: it runs on GPUs of compute capability 8.0 and later");
+  EXPECT_EQ(argmax_of_rows(0, 8, nullptr, 8, nullptr, Device{}, nullptr).message(),
+            "rows: expected 1 to 2^20, got 0");
+  EXPECT_EQ(argmax_of_rows(1, 0, nullptr, 8, nullptr, Device{}, nullptr).message(),
+            "columns: expected 1 to 2^29, got 0");
+  EXPECT_EQ(next_tokens(1, {}, Device{}, nullptr).message(),
+            "argmax: it runs on GPUs of compute capability 8.0 and later");
 }
 
 }  // namespace

@@ -2,10 +2,12 @@
 // Generation on a GPU: needs one, skipped without.
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <string>
 #include <vector>
 
 #include "lm/decode_step.h"
+#include "lm/error.h"
 #include "lm/generator.h"
 #include "tests/lm/model_on_gpu.h"
 
@@ -94,6 +96,61 @@ TEST_P(DecodeOnGpu, StepsOfWideLayersAreRight) {
       twin.release(row);
     }
   }
+}
+
+// Steps that feed one another find what eager steps' logits say, from tokens that the host brings
+// and then from their own, while pages are taken, in few rows and in many.
+TEST_P(DecodeOnGpu, GreedyStepsTakeTheLikeliestOfEagerOnes) {
+  constexpr std::int64_t kTokens = 200;  // of 257: the rest is never taken
+  for (const std::int64_t count : {1, 3, 16, 20}) {
+    const KvCacheShape shape{
+        .batch = DecodeStep::rows_for(count, gpu_->device()), .max_len = 60, .page_size = 8};
+    KvCache cache = gpu_->make_cache(shape), twin = gpu_->make_cache(shape);
+    DecodeStep greedy(*gpu_, cache, kTokens), eager(*gpu_, twin);
+    for (std::int64_t row = 0; row < count; ++row) {
+      const at::Tensor prompt =
+          as_tensor(tokens_from(static_cast<std::int32_t>(row), 1 + row), *gpu_);
+      gpu_->forward_cached(prompt, cache, row);
+      gpu_->forward_cached(prompt, twin, row);
+    }
+    Tokens newest = tokens_from(9, count);
+    const auto expect_next = [&](const Tokens& found) {
+      const at::Tensor logits = eager.run_eager(newest).narrow(1, 0, kTokens);
+      const at::Tensor likeliest = logits.argmax(1).to(at::kInt).cpu();
+      newest.assign(likeliest.const_data_ptr<std::int32_t>(),
+                    likeliest.const_data_ptr<std::int32_t>() + count);
+      ASSERT_EQ(found, newest) << count << " rows";
+    };
+    for (int turn = 0; turn < 2; ++turn) {
+      greedy.start(newest);
+      for (int i = 0; i < 12; ++i) {
+        greedy.start_next();
+        expect_next(greedy.take());
+      }
+      expect_next(greedy.take());
+      EXPECT_EQ(cache.len(0), twin.len(0));
+      // A sequence that has been changed, or shall be, is one that the device has not counted.
+      if (count == 1) continue;
+      for (KvCache* each : {&cache, &twin}) {
+        each->release(1);
+        each->fork(0, 1);
+      }
+      newest[1] = (newest[0] + 1) % 256;
+      EXPECT_THROW(greedy.start_next(), Error);
+    }
+  }
+}
+
+// Where nothing is finite there is no token, and the steps after it are harmless.
+TEST_P(DecodeOnGpu, GreedyStepsSayWhereNothingIsFinite) {
+  KvCache cache = gpu_->make_cache({.batch = 1, .max_len = 20, .page_size = 4});
+  gpu_->forward_cached(as_tensor({1, 2, 3}, *gpu_), cache);
+  DecodeStep step(*gpu_, cache);
+  gpu_->named_parameters()["model.norm.weight"].fill_(std::nan(""));
+  step.start({5});
+  step.start_next();
+  EXPECT_EQ(step.take(), Tokens{-1});
+  EXPECT_EQ(step.take(), Tokens{-1});
 }
 
 TEST_P(DecodeOnGpu, GeneratesTheSameTwice) {

@@ -290,6 +290,31 @@ TEST(KvCache, HandsOnTheNewestTokens) {
   EXPECT_EQ(cache.len(0), 0);
 }
 
+// Counts are then where an append would have put them; nothing that the device knows is
+// overwritten.
+TEST(KvCache, CountsWhatTheDeviceHasCounted) {
+  KvCache cache(small_config(), {.batch = 2, .max_len = 9, .page_size = 2});
+  cache.append(0, {7, 8});
+  const RowRange rows{0, 2};
+  const auto refused =
+      ThrowsMessage<Error>(HasSubstr("the device has not counted a token more in rows 0 to 1"));
+  EXPECT_THAT([&] { cache.append_counted(rows); }, refused);
+  for (std::int64_t len = 2; len <= 9; ++len) {
+    cache.let_device_count(rows);
+    EXPECT_THAT(
+        [&] {
+          cache.append_counted({0, 1});
+        },
+        ThrowsMessage<Error>(HasSubstr("rows 0 to 0")));
+    cache.append_counted(rows);
+    EXPECT_EQ(cache.len(1), len);
+    EXPECT_EQ(std::ssize(cache.pages(1)), (len + 1) / 2);
+  }
+  EXPECT_THAT([&] { cache.append_counted(rows); }, ThrowsMessage<Error>(HasSubstr("room for 9")));
+  cache.release(1);
+  EXPECT_THAT([&] { cache.append_counted(rows); }, refused);
+}
+
 TEST(KvCache, SaysWhyItCannot) {
   const ModelConfig config = small_config();
   const auto message_of = [&](const KvCacheShape& shape) {
