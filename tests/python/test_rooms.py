@@ -79,3 +79,19 @@ def test_paths_named_in_documents_exist():
             if not (ROOT / name).exists() and not list(ROOT.glob(name + "*")):
                 missing.append(f"{document.name}: {name}")
     assert missing == []
+
+
+def test_promises_name_tests_that_exist():
+    """docs/promises.md: files below tests/ and tools/, and tests as Suite.Name, Name or test_name."""
+    files = [p for room in ("tests", "tools") for p in (ROOT / room).rglob("*") if p.is_file()]
+    sources = "\n".join(p.read_text() for p in files if p.suffix in {".cc", ".py"})
+    names = re.findall(r"`([^`\s]+)`", (ROOT / "docs" / "promises.md").read_text())
+    missing = []
+    for name in names:
+        if name.endswith((".cc", ".py", ".sh")):
+            if not any(p.match(name) for p in files):
+                missing.append(name)
+        elif re.fullmatch(r"(\w+\.)?[A-Z]\w+|test_\w+", name):
+            if not re.search(rf"\b{name.split('.')[-1]}\b", sources):
+                missing.append(name)
+    assert len(names) > 40 and missing == []
