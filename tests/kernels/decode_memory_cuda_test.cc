@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
-// What the Hopper decode makes of the memory around a cache's tokens: infinities where nobody
-// looks, and caches of more than 2^31 elements, which append_kv fills. Skips itself on a machine
-// without a Hopper GPU.
+// What the CUDA decode makes of the memory around a cache's tokens: infinities where nobody looks,
+// and caches of more than 2^31 elements, which append_kv fills. Skips itself on a machine without a
+// GPU.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -13,12 +13,21 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-class DecodeMemoryCuda : public testing::Test {
+class DecodeMemoryCuda : public testing::TestWithParam<Kernels> {
  protected:
   void SetUp() override {
-    if (!has_hopper()) GTEST_SKIP() << "needs a Hopper GPU";
+    if (!has_gpu_for(GetParam())) GTEST_SKIP() << "needs another GPU";
+  }
+  static CudaDecodeHow how() {
+    CudaDecodeHow how;
+    how.kernels = GetParam();
+    return how;
   }
 };
+INSTANTIATE_TEST_SUITE_P(, DecodeMemoryCuda, testing::Values(Kernels::kHopper, Kernels::kPortable),
+                         [](const auto& info) {
+                           return info.param == Kernels::kHopper ? "Hopper" : "Portable";
+                         });
 
 void expect_same(const Results& a, const Results& b, const std::string& name) {
   EXPECT_EQ(a.o, b.o) << name;
@@ -27,18 +36,18 @@ void expect_same(const Results& a, const Results& b, const std::string& name) {
 }
 
 // They survive a maximum, which NaN does not, and their product with zero is NaN.
-TEST_F(DecodeMemoryCuda, InfinitiesThatNobodySeesChangeNoBit) {
+TEST_P(DecodeMemoryCuda, InfinitiesThatNobodySeesChangeNoBit) {
   for (DType dtype : {DType::kBFloat16, DType::kFloat16}) {
     for (std::int64_t head_dim : {40, 64, 128, 256}) {
       for (std::int64_t window : {0, 70}) {
         Case c = ragged_case(dtype, 3, 6, 2, head_dim, window, Data::kShifted);
-        const Results expected = cuda_decode(c);
+        const Results expected = cuda_decode(c, how());
         for (double unseen : {kInfinity, -kInfinity}) {
           c.unseen = unseen;
-          CudaDecodeHow how;
+          CudaDecodeHow paged = how();
           for (int page_size : {0, 16}) {
-            how.page_size = page_size;
-            expect_same(cuda_decode(c, how), expected, c.name);
+            paged.page_size = page_size;
+            expect_same(cuda_decode(c, paged), expected, c.name);
           }
         }
       }
@@ -53,7 +62,11 @@ class LargeCache {
   static constexpr std::int64_t kToken = kHeads * kHeadDim;
   static constexpr std::int64_t kElements = (std::int64_t{1} << 31) + 1024 * kToken;
 
-  LargeCache() : k_(2 * kElements), v_(2 * kElements), positions_(sizeof(std::int32_t) * kBatch) {
+  explicit LargeCache(Kernels kernels)
+      : device_(cuda_device(kernels)),
+        k_(2 * kElements),
+        v_(2 * kElements),
+        positions_(sizeof(std::int32_t) * kBatch) {
     case_.name = "cache beyond 2^31 elements";
     case_.problem = problem_of(DType::kBFloat16, kBatch, 1, kLen, 2 * kHeads, kHeads, kHeadDim);
     case_.lengths.kv_lens = {200, 1, 77};
@@ -78,10 +91,10 @@ class LargeCache {
     append.pages = pages;
     append.k_cache = {k_.data(), batch_stride, kToken, kHeadDim};
     append.v_cache = {v_.data(), batch_stride, kToken, kHeadDim};
-    expect_ok(append_kv(tokens, append, cuda_device(), nullptr));
+    expect_ok(append_kv(tokens, append, device_, nullptr));
 
     DecodePlan call;
-    expect_ok(plan(case_.problem, cuda_device(), &call));
+    expect_ok(plan(case_.problem, device_, &call));
     const DeviceMemory workspace(workspace_bytes(call));
     const DeviceTensor q(queries(case_, case_.inputs.q)), r(queries(case_, case_.inputs.r));
     DeviceTensor o(Tensor(case_.problem, false));
@@ -105,19 +118,20 @@ class LargeCache {
  private:
   static void expect_ok(const Status& status) { EXPECT_TRUE(status.ok()) << status.message(); }
 
+  Device device_;
   Case case_;
   DeviceMemory k_, v_, positions_;
 };
 
-TEST_F(DecodeMemoryCuda, CachesBeyond2To31Elements) {
+TEST_P(DecodeMemoryCuda, CachesBeyond2To31Elements) {
   std::size_t free_bytes = 0;
   std::size_t total_bytes = 0;
   ASSERT_EQ(cudaMemGetInfo(&free_bytes, &total_bytes), cudaSuccess);
   if (free_bytes < 5 * std::size_t{LargeCache::kElements}) {
     GTEST_SKIP() << "needs 11 GB of device memory";
   }
-  LargeCache cache;
-  const Values expected = cuda_decode(cache.small()).o;
+  LargeCache cache(GetParam());
+  const Values expected = cuda_decode(cache.small(), how()).o;
   // The third sequence begins at element 2^31.
   EXPECT_EQ(cache.append_and_decode(std::int64_t{1} << 30, {}).o, expected) << "contiguous";
 
