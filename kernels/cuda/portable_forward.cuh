@@ -8,6 +8,8 @@
 // one, K arrives under the products with V, and V under those with K.
 #pragma once
 
+#include <cassert>
+
 #include "cuda/launch.h"
 #include "cuda/mma.cuh"
 #include "cuda/packed_rows.cuh"
@@ -88,10 +90,17 @@ struct PortableForwardBlock {
   __device__ __forceinline__ void copy_keys(std::uint32_t to, const T* source, const KvRows& tokens,
                                             Range seen, int tile) const {
     const int first = tile * kKeys;
+    const auto offset = [&](int n) {
+      const int key = first + n;
+      assert((tokens.pages == nullptr ||
+              (tokens.pages[key >> tokens.page_shift] >= 0 &&
+               tokens.pages[key >> tokens.page_shift] < params.pages.num_pages)) &&
+             "page_table: an entry of a visible token is no page");
+      return tokens.offset(key);
+    };
     Rows::template copy<kKeys, kTile.threads()>(
         to, source, static_cast<int>(params.problem.head_dim),
-        {seen.begin - first, seen.end - first}, [&](int n) { return tokens.offset(first + n); },
-        [](int n) { return n; });
+        {seen.begin - first, seen.end - first}, offset, [](int n) { return n; });
   }
 
   // Logits and probes of the tile of K at `keys`.
