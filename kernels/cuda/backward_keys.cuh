@@ -4,7 +4,7 @@
 // the weights it makes are register operands of the products that sum over queries:
 //
 //   {s, t}' = K {Q, R}'     g' = V dO'
-//   p = exp(s), u = 1 + t_bar - t, e = p (g - g_bar), ds = u e - (delta - g_bar) p
+//   p = exp(s), u = 1 + t_bar - t, e = p (g - g_bar), ds = p (u (g - g_bar) - (delta - g_bar))
 //   dv += (p u)' dO         dk += (scale ds)' Q - e' R
 //
 // The query is a column here, its statistics come from shared memory. With p divided and u
@@ -47,6 +47,7 @@ struct alignas(1024) KeysShared {
   Range whole[2];    // and that need no mask
   NextTile next[4];  // by loading warp
   std::int64_t next_statistics;
+  float scratch;  // of ptx::pin
   std::uint64_t full[kBackwardStages], empty[kBackwardStages], keys_full;
 };
 
@@ -63,6 +64,9 @@ struct KeysBlock {
   static constexpr int kThreads = kOwnLoader ? 384 : 256;
   static constexpr bool kTakeTurns = kOwnLoader;
   static constexpr int kAhead = kOwnLoader ? 4 : 2;  // statistics read ahead of their use
+  // Whether the arithmetic of 16 queries stays behind the products of the 16 before them, where
+  // ptxas would do it all first and then issue the products in one row.
+  static constexpr bool kPinned = !kOwnLoader;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -172,30 +176,43 @@ struct KeysBlock {
     int tile = tiles.begin;
     int stage = 0;
     int phase = 0;
+    bool meets;  // the tile at hand: the warpgroup's keys see some of it,
+    bool ready;  // and it was there when looked for under the last one's products
+    const auto look = [&](int tile, int stage, int phase) {
+      meets = contains(visible, tile);
+      ready = ptx::barrier_test(&shared.full[stage], phase);
+    };
+    look(tile, stage, phase);
 #pragma unroll 1
     for (; left > 0; --left) {
-      if (!kOwnLoader && warpgroup == 1 && left > 2) {  // the stage that tile - 1 has left
-        load(stage == 0 ? kBackwardStages - 1 : stage - 1, stage == 0 ? phase ^ 1 : phase);
-      }
+      // What is done while a tile's last products are under way.
+      const auto under_products = [&] {
+        if (!kOwnLoader && warpgroup == 1 && left > 2) {  // the stage that tile - 1 has left
+          load(stage == 0 ? kBackwardStages - 1 : stage - 1, stage == 0 ? phase ^ 1 : phase);
+        }
+        const int next = stage + 1 == kBackwardStages ? 0 : stage + 1;
+        look(tile + 1 == tiles.end ? tiles.begin : tile + 1, next, next == 0 ? phase ^ 1 : phase);
+      };
       // Uniform, so that the steps from one product to the next cost no lane anything; before the
       // wait, which hides how long that takes.
       const std::uint32_t k =
           ptx::uniform(wgmma::descriptor(ptx::shared_address(shared.k[warpgroup])));
       const std::uint32_t q = ptx::uniform(
           wgmma::descriptor(ptx::shared_address(&shared.stages[stage]), Shared::kPairPanel));
-      ptx::barrier_wait(&shared.full[stage], phase);
+      if (!ready) ptx::barrier_wait(&shared.full[stage], phase);
       if (params.problem.packed && (tile + 1) * kBackwardRows > shared.sequence.mask.q_len) {
         clear_behind(stage, tile * kBackwardRows);
       }
       if (kTakeTurns) ptx::named_sync(2 + warpgroup, 256);
-      if (contains(visible, tile)) {
+      if (meets) {
         if (kOwnLoader && contains(whole, tile)) {
-          add_tile<false>(s_t, g, dk, dv, warpgroup, k, q, stage, tile);
+          add_tile<false>(s_t, g, dk, dv, warpgroup, k, q, stage, tile, under_products);
         } else {
-          add_tile<true>(s_t, g, dk, dv, warpgroup, k, q, stage, tile);
+          add_tile<true>(s_t, g, dk, dv, warpgroup, k, q, stage, tile, under_products);
         }
-      } else if (kTakeTurns) {
-        ptx::named_arrive(2 + (warpgroup ^ 1), 256);
+      } else {
+        if (kTakeTurns) ptx::named_arrive(2 + (warpgroup ^ 1), 256);
+        under_products();
       }
       if (lane() == 0) ptx::barrier_arrive(&shared.empty[stage]);
       if (++stage == kBackwardStages) stage = 0, phase ^= 1;
@@ -222,11 +239,12 @@ struct KeysBlock {
 
   // kMasked: some key may not see some query. Of other tiles, where registers allow, the products
   // of p u are issued before g is there.
-  template <bool kMasked>
+  template <bool kMasked, class UnderProducts>
   __device__ __forceinline__ void add_tile(float (&s_t)[64], float (&g)[32],
                                            float (&dk)[kHeadDim / 2], float (&dv)[kHeadDim / 2],
                                            int warpgroup, std::uint32_t k, std::uint32_t q,
-                                           int stage, int tile) const {
+                                           int stage, int tile,
+                                           const UnderProducts& under_products) const {
     const auto& from = shared.stages[stage];
     const std::uint32_t v = k + (2 * kPanels * kPanelBytes >> 4);
     const std::uint32_t r = q + (kPanelBytes >> 4);
@@ -289,20 +307,30 @@ struct KeysBlock {
         for (int half = 0; half < 2; ++half) {
           const int i = 4 * n + 2 * half;
           const int word = 2 * (n & 1) + half;
-          const float e0 = s_t[i] * fmaf(g[i], params.fold, -c.x);
-          const float e1 = s_t[i + 1] * fmaf(g[i + 1], params.fold, -c.z);
-          ds[word] = ptx::pack<T>(fmaf(s_t[32 + i], e0, -c.y * s_t[i]),
-                                  fmaf(s_t[33 + i], e1, -c.w * s_t[i + 1]));
-          e[word] = ptx::pack<T>(e0, e1);
+          const float g0 = fmaf(g[i], params.fold, -c.x);
+          const float g1 = fmaf(g[i + 1], params.fold, -c.z);
+          ds[word] = ptx::pack<T>(s_t[i] * fmaf(s_t[32 + i], g0, -c.y),
+                                  s_t[i + 1] * fmaf(s_t[33 + i], g1, -c.w));
+          e[word] = ptx::pack<T>(s_t[i] * g0, s_t[i + 1] * g1);
         }
-        if (n + kAhead < 8) ahead[(8 + n) % kAhead] = statistics(from, 8 + n + kAhead);
+        if (!kPinned && n + kAhead < 8) {
+          ahead[(8 + n) % kAhead] = statistics(from, 8 + n + kAhead);
+        }
       }
       if (kMasked) add_values(s_t, dv, kk, d_o);
       wgmma::fence();
       Sums::template register_a<1>(dk, ds[0], ds[1], ds[2], ds[3], q + kk * kRowStep, true);
       Sums::template register_a<1, -1>(dk, e[0], e[1], e[2], e[3], r + kk * kRowStep, true);
+      if (kPinned && kk < 3) {  // no read of shared memory passes a store, no store a product
+        ptx::pin(s_t[8 * kk], &shared.scratch);
+#pragma unroll
+        for (int n = 2 * kk + 2; n < 2 * kk + 4; ++n) {
+          ahead[(8 + n) % kAhead] = statistics(from, 8 + n);
+        }
+      }
     }
     wgmma::commit();
+    under_products();
     wgmma::wait<0>();
     wgmma::settle(dk);
     wgmma::settle(dv);

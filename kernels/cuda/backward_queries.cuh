@@ -23,7 +23,8 @@ struct alignas(1024) QueriesShared {
   struct Stage {
     Rows k, v;
   };
-  Rows q[2], r[2], d_o[2];  // by warpgroup
+  Rows q[2], r[2], d_o[2];     // by warpgroup
+  std::uint8_t ones[2][1024];  // eight rows of 64 elements: row 0 of the first, row 1 of the second
   Stage stages[kBackwardStages];
   float4 statistics[kBackwardTile];  // of each query: its softmax and gradient
   Range keys[kBackwardTile];         // that each query sees
@@ -49,6 +50,8 @@ struct QueriesBlock {
   static constexpr int kThreads = kOwnLoader ? 384 : 256;
   static constexpr bool kTakeTurns = kOwnLoader;
   static constexpr int kLoaders = 2 * kPanels;  // warps, one a panel of k or v
+  // Where registers allow, row sums are products too (add_to_sums).
+  static constexpr bool kSumsByProducts = kHeadDim == 64;
 
   const BackwardMaps& maps;
   const BackwardParams& params;
@@ -117,11 +120,10 @@ struct QueriesBlock {
     ptx::named_sync(1, 256);
   }
 
-  // Row sums of e and ds, of the thread's two queries and its columns.
-  struct RowSums {
-    float e[2];
-    float ds[2];
-  };
+  // Row sums of the thread's two queries: e, ds of the first, e, ds of the second. By products,
+  // those of a quad's first lane are whole and the others zero; else a lane has those of its
+  // columns.
+  using RowSums = float[4];
 
   __device__ __forceinline__ void consume(int warpgroup) const {
     float s[32];
@@ -131,7 +133,7 @@ struct QueriesBlock {
     float dr[kHeadDim / 2];
 #pragma unroll
     for (int i = 0; i < kHeadDim / 2; ++i) dq[i] = dr[i] = 0.f;
-    RowSums sums{};
+    RowSums sums = {};
     const Range tiles = uniform(shared.tiles);
     int tile = tiles.begin;
     if (!kOwnLoader && warpgroup == 1) {
@@ -243,16 +245,37 @@ struct QueriesBlock {
         ds[word] =
             ptx::pack<T>(fmaf(one_t_bar[half] - t[i], g[i], -slope[half] * s[i]),
                          fmaf(one_t_bar[half] - t[i + 1], g[i + 1], -slope[half] * s[i + 1]));
-        const float2 rounded = ptx::unpack<T>(ds[word]);
-        sums.ds[half] += rounded.x + rounded.y;
       }
       wgmma::fence();
       Sums::template register_a<1>(dq, ds[0], ds[1], ds[2], ds[3], k + kk * kRowStep, true);
+      add_to_sums<1>(sums, ds);
     }
     wgmma::commit();
     wgmma::wait<0>();
     wgmma::settle(dq);
     wgmma::settle(dr);
+    if (kSumsByProducts) wgmma::settle(sums);
+  }
+
+  // Adds 16 keys' e (kWhich = 0) or ds (1), rounded as they are, to the row sums. With a matrix
+  // whose column kWhich is ones and all else zero it is a product 8 wide, and all four sums are one
+  // accumulator.
+  template <int kWhich>
+  __device__ __forceinline__ static void add_to_sums(RowSums& sums,
+                                                     const std::uint32_t (&weights)[4]) {
+    if constexpr (kSumsByProducts) {
+      extern __shared__ __align__(1024) std::uint8_t memory[];
+      const std::uint32_t ones =
+          wgmma::descriptor(ptx::shared_address(reinterpret_cast<Shared*>(memory)->ones[kWhich]));
+      wgmma::Products<T, 8>::template register_a<0>(sums, weights[0], weights[1], weights[2],
+                                                    weights[3], ones, true);
+    } else {
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const float2 rounded = ptx::unpack<T>(weights[word]);
+        sums[2 * (word & 1) + kWhich] += rounded.x + rounded.y;
+      }
+    }
   }
 
   // dr -= e K of 16 keys.
@@ -263,11 +286,10 @@ struct QueriesBlock {
     for (int word = 0; word < 4; ++word) {
       const int i = 8 * kk + 2 * word;
       e[word] = ptx::pack<T>(g[i], g[i + 1]);
-      const float2 rounded = ptx::unpack<T>(e[word]);
-      sums.e[word & 1] += rounded.x + rounded.y;
     }
     wgmma::fence();
     Sums::template register_a<1, -1>(dr, e[0], e[1], e[2], e[3], k + kk * kRowStep, true);
+    add_to_sums<0>(sums, e);
   }
 
   // Zeros p, e and t where the query does not see the key, whatever they are.
@@ -299,26 +321,25 @@ struct QueriesBlock {
         2 * (lane() & 3);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      sums.e[half] = quad_sum(sums.e[half]);
-      sums.ds[half] = quad_sum(sums.ds[half]);
+      const float sum_e = quad_sum(sums[2 * half]);
+      const float sum_ds = quad_sum(sums[2 * half + 1]);
       // Of a single key p is 1 and everything else cancels, here as on paper.
       const float keep = shared.keys[own + 8 * half].size() == 1 ? 0.f : 1.f;
 #pragma unroll
       for (int i = 2 * half; i < kHeadDim / 2; i += 4) {
         const float2 key = *reinterpret_cast<const float2*>(reference_key + 8 * (i / 4));
-        dr[i] = keep * fmaf(sums.e[half], key.x, dr[i]);
-        dr[i + 1] = keep * fmaf(sums.e[half], key.y, dr[i + 1]);
-        dq[i] = keep * fmaf(-sums.ds[half], key.x, dq[i]);
-        dq[i + 1] = keep * fmaf(-sums.ds[half], key.y, dq[i + 1]);
+        dr[i] = keep * fmaf(sum_e, key.x, dr[i]);
+        dr[i + 1] = keep * fmaf(sum_e, key.y, dr[i + 1]);
+        dq[i] = keep * fmaf(-sum_ds, key.x, dq[i]);
+        dq[i + 1] = keep * fmaf(-sum_ds, key.y, dq[i + 1]);
       }
       if ((lane() & 3) == 0 && 8 * half < rows_left) {
         const float4 given = shared.statistics[own + 8 * half];
         const std::int64_t row =
             statistics_begin(params, sequence, shared.place.b, head) + query + 8 * half;
         params.softmax[row] = {given.x + log2f(params.fold), params.fold * given.y};
-        params.gradient[row] = {
-            params.fold * (given.z + sums.e[half]),
-            params.fold * params.fold * (given.w + sums.ds[half] - sums.e[half])};
+        params.gradient[row] = {params.fold * (given.z + sum_e),
+                                params.fold * params.fold * (given.w + sum_ds - sum_e)};
       }
     }
     const auto row_of = [&](const View& view) {
@@ -364,6 +385,12 @@ __global__ void __launch_bounds__(QueriesBlock<T, kHeadDim>::kThreads, 1)
     ptx::barrier_init(&shared.queries_full, 1);
     ptx::fence_barrier_init();
     if (!tiles.empty()) block.load_queries(sequence, place);
+  }
+  if (Block::kSumsByProducts && threadIdx.x < 128) {
+    const int n = static_cast<int>(threadIdx.x);
+    const std::uint32_t word = (n & 63) >> 3 == n >> 6 ? ptx::pack<T>(1.f, 1.f) : 0u;
+    *reinterpret_cast<uint4*>(&shared.ones[0][16 * n]) = make_uint4(word, word, word, word);
+    ptx::fence_async_proxy();
   }
   if (threadIdx.x < kBackwardTile) {
     const int n = static_cast<int>(threadIdx.x);

@@ -28,16 +28,21 @@ inline std::int64_t num_blocks(const AttentionProblem& problem, const TileGrid& 
 }
 
 // The grid over tensors of `len` rows and `num_heads` heads, a head streaming `bytes` of the other
-// side: a section's streams fill half of an L2 cache of 50 or 60 MB together.
+// side: a section's streams fill a third of an L2 cache of 50 or 60 MB together, but there are
+// blocks in it for half the multiprocessors of a large GPU.
 inline TileGrid tile_grid(const AttentionProblem& problem, std::int64_t len, std::int64_t num_heads,
                           int rows, std::int64_t bytes) {
-  constexpr std::int64_t kSectionBytes = 32 << 20;
+  constexpr std::int64_t kSectionBytes = 16 << 20;
+  constexpr std::int64_t kSectionTiles = 64;
   const std::int64_t pairs = (problem.packed ? 1 : problem.batch) * num_heads;
   TileGrid grid;
   grid.num_heads = static_cast<int>(num_heads);
   grid.num_tiles = static_cast<int>(num_tiles(problem, len, rows));
-  grid.section = static_cast<int>(std::clamp<std::int64_t>(
-      kSectionBytes / std::max<std::int64_t>(bytes, 1), 1, std::max<std::int64_t>(pairs, 1)));
+  const std::int64_t wanted =
+      std::max(kSectionBytes / std::max<std::int64_t>(bytes, 1),
+               (kSectionTiles + grid.num_tiles - 1) / std::max<std::int64_t>(grid.num_tiles, 1));
+  grid.section =
+      static_cast<int>(std::clamp<std::int64_t>(wanted, 1, std::max<std::int64_t>(pairs, 1)));
   grid.rows = rows;
   return grid;
 }

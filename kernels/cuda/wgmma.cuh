@@ -115,6 +115,8 @@ struct Products;
   PARALLAX_WGMMA(N, __nv_bfloat16, "bf16", __VA_ARGS__)                                           \
   PARALLAX_WGMMA(N, __half, "f16", __VA_ARGS__)
 
+#define PARALLAX_REGISTERS_8 "%0, %1, %2, %3"
+#define PARALLAX_SUMS_8 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define PARALLAX_REGISTERS_32 PARALLAX_R0 PARALLAX_R1
 #define PARALLAX_SUMS_32 PARALLAX_D(0), PARALLAX_D(8)
 #define PARALLAX_REGISTERS_48 PARALLAX_REGISTERS_32 PARALLAX_R2
@@ -136,6 +138,7 @@ struct Products;
 #define PARALLAX_SUMS_256 PARALLAX_SUMS_192,                                                      \
   PARALLAX_D(96), PARALLAX_D(104), PARALLAX_D(112), PARALLAX_D(120)
 
+PARALLAX_WGMMA_N(8, 4, 5, 6, 7, 8, 9, 10, 11)
 PARALLAX_WGMMA_N(32, 16, 17, 18, 19, 20, 21, 22, 23)
 PARALLAX_WGMMA_N(48, 24, 25, 26, 27, 28, 29, 30, 31)
 PARALLAX_WGMMA_N(64, 32, 33, 34, 35, 36, 37, 38, 39)
