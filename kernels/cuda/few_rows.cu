@@ -67,6 +67,36 @@ struct ArgmaxOutput {
 
 __device__ __forceinline__ float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 
+// What a lane finishes, whatever it is, with what is asked for before the sums are made.
+template <class T, int kGroups>
+struct Outputs {
+  Output<T> output;
+  ArgmaxOutput<kGroups> argmax;
+  T old[2 * kGroups];
+  std::uint64_t seen[2];
+
+  __device__ __forceinline__ Outputs(const FewRowsParams& params, int row, int column)
+      : output{params, row, column}, argmax{params, row, column} {
+#pragma unroll
+    for (int i = 0; i < 2 * kGroups; ++i) old[i] = output.old(i);
+    seen[0] = argmax.seen(0);
+    seen[1] = argmax.seen(1);
+  }
+  __device__ __forceinline__ void write(const float (&result)[2 * kGroups]) const {
+    const FewRowsForm form = output.params.form;
+    if (form == FewRowsForm::kArgmax) {
+      argmax.write(0, seen[0], result);
+      argmax.write(1, seen[1], result);
+    } else if (kGroups == 2 && form == FewRowsForm::kSwiGlu) {
+      output.write(0, silu(result[0]) * result[2 * kGroups - 2]);
+      output.write(1, silu(result[1]) * result[2 * kGroups - 1]);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2 * kGroups; ++i) output.write(i, to_float(old[i]) + result[i]);
+    }
+  }
+};
+
 // Registers: next to the CTAs of such a kernel those of the next one shall find room.
 template <class T, int kTiles, int kGroups>
 __global__ void __maxnreg__(kTiles == 1 ? 128 : 168)
@@ -78,27 +108,38 @@ __global__ void __maxnreg__(kTiles == 1 ? 128 : 168)
   prefetch_next(params.args);
   wait_for_last_kernel();
 
-  const Output<T> output{params, cta.x_row(), first_row + cta.g()};
-  T old[2 * kGroups];
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) old[i] = output.old(i);
-  const ArgmaxOutput<kGroups> argmax{params, cta.x_row(), first_row + cta.g()};
-  const std::uint64_t seen[2] = {argmax.seen(0), argmax.seen(1)};
+  const Outputs<T, kGroups> outputs(params, cta.x_row(), first_row + cta.g());
   float result[2 * kGroups];
   cta.multiply(result);
-  if (!cta.finishes()) return;
-  if (params.form == FewRowsForm::kArgmax) {
-    argmax.write(0, seen[0], result);
-    argmax.write(1, seen[1], result);
-    return;
+  if (cta.finishes()) outputs.write(result);
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kTurnRegisters = 192;  // ptxas needs a few more there
+#else
+constexpr int kTurnRegisters = 168;  // three CTAs an SM
+#endif
+
+// Of many groups a CTA takes several, with the x that it has: copying x for each is what takes time
+// where there are more rows of it than one.
+template <class T, int kTiles, int kGroups>
+__global__ void __maxnreg__(kTurnRegisters)
+    few_rows_turns_kernel(const __grid_constant__ FewRowsParams params) {
+  extern __shared__ __align__(16) std::uint8_t shared[];
+  int row = static_cast<int>(blockIdx.x) * params.advance;
+  FewRowsCta<T, kTiles, kGroups> cta(params, shared, row);
+  start_next_kernel();
+  prefetch_next(params.args);
+  wait_for_last_kernel();
+
+#pragma unroll 1
+  for (int turn = 0; row < params.out; ++turn) {
+    const Outputs<T, kGroups> outputs(params, cta.x_row(), row + cta.g());
+    row += static_cast<int>(gridDim.x) * params.advance;
+    float result[2 * kGroups];
+    cta.multiply(result, turn, row < params.out ? row : -1);
+    if (cta.finishes()) outputs.write(result);
   }
-  if (kGroups == 2 && params.form == FewRowsForm::kSwiGlu) {
-    output.write(0, silu(result[0]) * result[2 * kGroups - 2]);
-    output.write(1, silu(result[1]) * result[2 * kGroups - 1]);
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 2 * kGroups; ++i) output.write(i, to_float(old[i]) + result[i]);
 }
 
 // Warps whose shared memory a CTA may have, whatever the number of rows: it settles the order of
@@ -116,17 +157,31 @@ Status launch(FewRowsParams params, const Device& device, cudaStream_t stream) {
   params.advance = kGroups == 1 || is_swiglu ? kGroupRows : 2 * kGroupRows;
   params.second_group = is_swiglu ? params.out : kGroupRows;
   const int warps = share_columns<Shape>(&params, most_warps<kGroups>(device));
-  const int shared_bytes = Shape::shared_bytes(warps, params.rows);
-  const auto kernel = few_rows_kernel<T, kTiles, kGroups>;
+  int shared_bytes = Shape::shared_bytes(warps, params.rows);
+  int ctas = ceil_div(params.out, params.advance);
+  auto* kernel = few_rows_kernel<T, kTiles, kGroups>;
+  constexpr int kManyTurns = 8;  // of four CTAs an SM, which is more than are resident
+  const bool turns = kGroups == 2 && params.rows > 1 && params.rounds == 1 &&
+                     ctas >= kManyTurns * 4 * device.num_sms;
+  if (turns) {
+    kernel = few_rows_turns_kernel<T, kTiles, 2>;
+    shared_bytes += Shape::turn_bytes(warps);
+  }
   if (shared_bytes > 48 * 1024) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (Status s = check_cuda(error, "few_rows: cudaFuncSetAttribute"); !s.ok()) return s;
   }
-  return check_cuda(
-      launch_kernel(takes_hopper_kernels(device), kernel, ceil_div(params.out, params.advance),
-                    32 * warps, shared_bytes, stream, params),
-      "few_rows: launch");
+  if (turns) {
+    int resident = 0;
+    const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &resident, kernel, 32 * warps, static_cast<std::size_t>(shared_bytes));
+    if (Status s = check_cuda(error, "few_rows: occupancy"); !s.ok()) return s;
+    ctas = std::min(ctas, std::max(resident, 1) * device.num_sms);
+  }
+  return check_cuda(launch_kernel(takes_hopper_kernels(device), kernel, ctas, 32 * warps,
+                                  shared_bytes, stream, params),
+                    "few_rows: launch");
 }
 
 template <class T, int kTiles>

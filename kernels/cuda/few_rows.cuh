@@ -55,10 +55,14 @@ struct FewRowsShape {
   // An odd multiple of 64: two neighbouring rows' chunks lie in different banks.
   static constexpr int kStagedRowBytes = 2 * kColumns + 64;
 
-  // What a CTA shares: a stage of x for each warp, sums of each, sums of squares of each.
+  // What a CTA shares: a stage of x for each warp, sums of each, sums of squares of each; where it
+  // takes turns, sums of another turn.
   __host__ __device__ static constexpr int stage_bytes(int rows) { return rows * kStagedRowBytes; }
   __host__ __device__ static constexpr int shared_bytes(int warps, int rows) {
     return warps * (stage_bytes(rows) + kTiles * (kGroups * 32 * 8 + kTileRows * 4));
+  }
+  __host__ __device__ static constexpr int turn_bytes(int warps) {
+    return warps * kTiles * kGroups * 32 * 8;
   }
 };
 
@@ -143,17 +147,19 @@ struct FewRowsWarp {
   uint4 gain[Shape::kChunks];
   float sums[kTiles][kGroups][2][4];  // of products with words 0 and 2, with 1 and 3
 
+  // Step j's part of the columns from `column` on.
+  __device__ __forceinline__ void load_step(int j, int column) {
+    const bool there = column + 8 * (lane % 4) + j * kStepColumns < params.in;
+#pragma unroll
+    for (int n = 0; n < kGroups; ++n) {
+      weight[j][n] = load_weight(w[n] + column + j * kStepColumns, there);
+    }
+  }
+
   // What no earlier kernel writes.
   __device__ __forceinline__ void load_weights(int column) {
-    const int lane_column = column + 8 * (lane % 4);
 #pragma unroll
-    for (int j = 0; j < Shape::kSteps; ++j) {
-      const bool there = lane_column + j * kStepColumns < params.in;
-#pragma unroll
-      for (int n = 0; n < kGroups; ++n) {
-        weight[j][n] = load_weight(w[n] + column + j * kStepColumns, there);
-      }
-    }
+    for (int j = 0; j < Shape::kSteps; ++j) load_step(j, column);
     if (params.args.gain == nullptr) return;
 #pragma unroll
     for (int i = 0; i < Shape::kChunks; ++i) {
@@ -194,7 +200,9 @@ struct FewRowsWarp {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void multiply() {
+  // after_step(j): step j's weights may make way for others.
+  template <class AfterStep>
+  __device__ __forceinline__ void multiply(const AfterStep& after_step) {
     const int g = lane / 4;
     const std::uint8_t* row = stage + g * Shape::kStagedRowBytes + 16 * (lane % 4);
 #pragma unroll
@@ -213,6 +221,7 @@ struct FewRowsWarp {
           mma::multiply<T>(sums[m][n][1], {w.x, w.y, w.z, w.w}, x.z, x.w);
         }
       }
+      after_step(j);
     }
   }
 
@@ -240,19 +249,26 @@ struct FewRowsCta {
         all_squares(all_sums + warps * kTiles * kGroups * 32),
         work{p, shared + warp * Shape::stage_bytes(p.rows),
              reinterpret_cast<float*>(all_squares + warp * kTiles * kTileRows / 2), lane} {
+    go_to(first_row);
+    work.load_weights(warp * Shape::kColumns);
+    clear_sums();
+    if (lane < kTiles * kTileRows) work.squares[lane] = 0;
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void go_to(int first_row) {
 #pragma unroll
     for (int n = 0; n < kGroups; ++n) {
       // Rows behind the last are read as the last; their sums are for nobody.
       const int row = min(first_row + n * params.second_group + g(), params.w_rows - 1);
       work.w[n] = static_cast<const T*>(params.args.w) + row * params.args.w_stride + 8 * t();
     }
-    work.load_weights(warp * Shape::kColumns);
+  }
+  __device__ __forceinline__ void clear_sums() {
 #pragma unroll
     for (int i = 0; i < kTiles * kGroups * 8; ++i) {
       work.sums[i / (8 * kGroups)][i / 8 % kGroups][i / 4 % 2][i % 4] = 0;
     }
-    if (lane < kTiles * kTileRows) work.squares[lane] = 0;
-    __syncwarp();
   }
 
   __device__ __forceinline__ int g() const { return lane / 4; }
@@ -267,14 +283,35 @@ struct FewRowsCta {
 #pragma unroll 1
     for (int round = 0;;) {
       work.stage_rows((round * warps + warp) * Shape::kColumns);
-      work.multiply();
+      work.multiply([](int) {});
       if (++round == params.rounds) break;
       __syncwarp();
       work.load_weights((round * warps + warp) * Shape::kColumns);
     }
+    finish(result, all_sums);
+  }
+
+  // The same turn by turn, where one round is all: x is staged in turn 0 and stays. The weights of
+  // the next turn's groups, from next_row on (below 0: there are none), are asked for as those of
+  // this one are used up.
+  __device__ __forceinline__ void multiply(float (&result)[2 * kGroups], int turn, int next_row) {
+    const int column = warp * Shape::kColumns;
+    if (turn == 0) work.stage_rows(column);
+    if (turn > 0) clear_sums();
+    if (next_row >= 0) go_to(next_row);
+    work.multiply([&](int step) {
+      if (next_row >= 0) work.load_step(step, column);
+    });
+    // Who reads a turn's sums comes to the next barrier after that, and then another turn's may lie
+    // there.
+    finish(result, turn % 2 == 0 ? all_sums : all_squares + warps * kTiles * kTileRows / 2);
+  }
+
+  // Sums over the warps, by way of `turn_sums`.
+  __device__ __forceinline__ void finish(float (&result)[2 * kGroups], float2* turn_sums) {
 #pragma unroll
     for (int i = 0; i < kTiles * kGroups; ++i) {
-      all_sums[(warp * kTiles * kGroups + i) * 32 + lane] = work.total(i / kGroups, i % kGroups);
+      turn_sums[(warp * kTiles * kGroups + i) * 32 + lane] = work.total(i / kGroups, i % kGroups);
     }
     __syncthreads();
     if (!finishes()) return;
@@ -286,7 +323,7 @@ struct FewRowsCta {
       const int tile = from * kTiles + warp;
 #pragma unroll
       for (int n = 0; n < kGroups; ++n) {
-        const float2 part = all_sums[(tile * kGroups + n) * 32 + lane];
+        const float2 part = turn_sums[(tile * kGroups + n) * 32 + lane];
         result[2 * n] += part.x;
         result[2 * n + 1] += part.y;
       }

@@ -262,6 +262,31 @@ TEST_P(FewRowsCuda, ARowDoesNotDependOnTheOthers) {
   }
 }
 
+// So many groups of w's rows that CTAs take turns give the bits that they give in calls of their
+// own.
+TEST_P(FewRowsCuda, ManyGroupsGiveTheBitsOfFew) {
+  constexpr std::int64_t kOut = 70001, kPiece = 20000;
+  for (const std::int64_t rows : {2, 8, 9, 16}) {
+    for (auto form : {FewRowsForm::kProduct, FewRowsForm::kFloatProduct}) {
+      FewRowsCall call({{DType::kBFloat16, rows, 264, kOut, form}, form == FewRowsForm::kProduct},
+                       device_);
+      call.reset();
+      ASSERT_TRUE(call.run().ok());
+      const std::vector<std::uint8_t> together = call.bytes();
+      call.reset();
+      const FewRowsArgs whole = call.args;
+      const std::int64_t element = form == FewRowsForm::kProduct ? 2 : 4;
+      for (std::int64_t begin = 0; begin < kOut; begin += kPiece) {
+        call.problem.out = std::min(kPiece, kOut - begin);
+        call.args.w = static_cast<const std::uint16_t*>(whole.w) + begin * whole.w_stride;
+        call.args.y = static_cast<std::uint8_t*>(whole.y) + begin * element;
+        ASSERT_TRUE(call.run().ok());
+      }
+      EXPECT_TRUE(call.bytes() == together) << rows << " rows";
+    }
+  }
+}
+
 // gate|up into `inner`, then added back: kernels that begin before the last one has ended.
 TEST_P(FewRowsCuda, AChainInAGraphGivesTheBitsOfOneCallAtATime) {
   for (const std::int64_t rows : {1, 8, 11}) {
@@ -348,6 +373,7 @@ TEST_P(FewRowsCuda, ArgmaxIsThatOfTheFloats) {
     for (const auto& [in, out] : {std::pair<std::int64_t, std::int64_t>{8, 1},
                                   {40, 37},
                                   {264, 2217},
+                                  {264, 70001},
                                   {1000, 9000},
                                   {12296, 9}}) {
       FewRowsCall call({{DType::kBFloat16, rows, in, out, FewRowsForm::kFloatProduct}, rows != 2},
