@@ -191,32 +191,43 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor& k_cache, Tensor& v_cach
                 append_arguments(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale));
 }
 
+// run(like, problem, arguments) of an append_kv_rotary. -> q and r
+template <class Run>
+std::tuple<Tensor, Tensor> append_rotary(const char* op, const Tensor& q, const Tensor& r,
+                                         const Tensor& k, const Tensor& v, const Tensor& k_cache,
+                                         const Tensor& v_cache, const Tensor& positions,
+                                         const Tensor& cos, const Tensor& sin,
+                                         const RotaryOptions& options, const Run& run) {
+  CallShape shape = check_append_kv(op, k, v, k_cache, v_cache, positions, options.page_table,
+                                    options.k_scale, options.v_scale);
+  check_rotary(op, q, r, k, cos, sin, options, &shape);
+  const Tensor q_out = at::empty_symint(q.sym_sizes(), q.options());
+  const Tensor r_out = at::empty_symint(r.sym_sizes(), r.options());
+  if (k.is_meta()) return {q_out, r_out};
+  AppendArgs args = append_arguments(k, v, k_cache, v_cache, positions, options.page_table,
+                                     options.k_scale, options.v_scale);
+  args.prologue.k = {float_data(options.k_gain), true};
+  args.prologue.q = {const_view(q), view(q_out), {float_data(options.q_gain), true}};
+  args.prologue.r = {const_view(r), view(r_out), {float_data(options.r_gain), options.rotate_r}};
+  args.prologue.eps = options.eps;
+  args.prologue.cos = cos.const_data_ptr<float>();
+  args.prologue.sin = sin.const_data_ptr<float>();
+  args.prologue.num_angles = cos.size(0);
+  args.prologue.angles = index_data(options.angles);
+  run(op, k, append_problem(k, k_cache, shape), args);
+  return {q_out, r_out};
+}
+
 std::tuple<Tensor, Tensor> append_kv_rotary(
     const Tensor& q, const Tensor& r, const Tensor& k, const Tensor& v, Tensor& k_cache,
     Tensor& v_cache, const Tensor& positions, const Tensor& cos, const Tensor& sin,
     const OptionalTensor& q_gain, const OptionalTensor& r_gain, const OptionalTensor& k_gain,
     bool rotate_r, double eps, const OptionalTensor& angles, const OptionalTensor& page_table,
     const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
-  const char* op = "append_kv";
-  CallShape shape =
-      check_append_kv(op, k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale);
-  const RotaryOptions options{q_gain, r_gain, k_gain, rotate_r, eps, angles, {}, {}, {}};
-  check_rotary(op, q, r, k, cos, sin, options, &shape);
-  const Tensor q_out = at::empty_symint(q.sym_sizes(), q.options());
-  const Tensor r_out = at::empty_symint(r.sym_sizes(), r.options());
-  if (k.is_meta()) return {q_out, r_out};
-  AppendArgs args =
-      append_arguments(k, v, k_cache, v_cache, positions, page_table, k_scale, v_scale);
-  args.prologue.k = {float_data(k_gain), true};
-  args.prologue.q = {const_view(q), view(q_out), {float_data(q_gain), true}};
-  args.prologue.r = {const_view(r), view(r_out), {float_data(r_gain), rotate_r}};
-  args.prologue.eps = eps;
-  args.prologue.cos = cos.const_data_ptr<float>();
-  args.prologue.sin = sin.const_data_ptr<float>();
-  args.prologue.num_angles = cos.size(0);
-  args.prologue.angles = index_data(angles);
-  run_append_kv(op, k, append_problem(k, k_cache, shape), args);
-  return {q_out, r_out};
+  const RotaryOptions options{q_gain, r_gain,     k_gain,  rotate_r, eps,
+                              angles, page_table, k_scale, v_scale};
+  return append_rotary("append_kv", q, r, k, v, k_cache, v_cache, positions, cos, sin, options,
+                       run_append_kv);
 }
 
 AttentionProblem state_problem(const DecodeState& state, const CallShape& shape) {
@@ -297,6 +308,15 @@ Tensor decode_settled(const Tensor& q, const Tensor& r, const Tensor& k_cache,
   const Tensor o = call.empty_vectors(q.scalar_type());
   call.run_into(o, call.empty_rows(stats_options(q)), call.empty_rows(stats_options(q)));
   return o;
+}
+
+std::tuple<Tensor, Tensor> append_kv_settled(const Tensor& q, const Tensor& r, const Tensor& k,
+                                             const Tensor& v, const Tensor& k_cache,
+                                             const Tensor& v_cache, const Tensor& positions,
+                                             const Tensor& cos, const Tensor& sin,
+                                             const RotaryOptions& options) {
+  return append_rotary("append_kv", q, r, k, v, k_cache, v_cache, positions, cos, sin, options,
+                       run_append_kv_settled);
 }
 
 TORCH_LIBRARY_IMPL(parallax, CPU, m) { register_kernels(m); }

@@ -139,6 +139,11 @@ void run_append_kv(const char* op, const at::Tensor& like, const AttentionProble
                 [&](const auto&... where) { return parallax::append_kv(problem, args, where...); });
 }
 
+void run_append_kv_settled(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+                           const AppendArgs& args) {
+  check_status(op, append_kv_settled(problem, args, device_of(op, like), stream_of(like)));
+}
+
 void run_merge(const char* op, const at::Tensor& like, const AttentionProblem& problem,
                const std::vector<StateView>& states, const StateView& merged) {
   run_on_device(op, like, [&](const auto&... where) {

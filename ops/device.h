@@ -33,6 +33,9 @@ void run_schedule(const char* op, const DecodePlan& plan, const Sequences& seque
 // On the device of `like`.
 void run_append_kv(const char* op, const at::Tensor& like, const AttentionProblem& problem,
                    const AppendArgs& args);
+// REQUIRES: `like` is on a GPU.
+void run_append_kv_settled(const char* op, const at::Tensor& like, const AttentionProblem& problem,
+                           const AppendArgs& args);
 void run_merge(const char* op, const at::Tensor& like, const AttentionProblem& problem,
                const std::vector<StateView>& states, const StateView& merged);
 void run_finalize(const char* op, const at::Tensor& like, const AttentionProblem& problem,

@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <optional>
+#include <tuple>
 
 #include "ops/parallax_ops.h"
 
@@ -53,6 +54,13 @@ struct NextTokens {
   at::Tensor found;                              // [rows, 2]
 };
 void next_tokens(const NextTokens& next);
+
+// append_kv_rotary (parallax_ops.h), on a GPU, where positions, angles, page table and all that
+// options name are settled.
+std::tuple<at::Tensor, at::Tensor> append_kv_settled(
+    const at::Tensor& q, const at::Tensor& r, const at::Tensor& k, const at::Tensor& v,
+    const at::Tensor& k_cache, const at::Tensor& v_cache, const at::Tensor& positions,
+    const at::Tensor& cos, const at::Tensor& sin, const RotaryOptions& options);
 
 // decode (parallax_ops.h) where kv_lens, kv_start, page table, scales, schedule and caches are
 // settled, but for the newest q_len tokens of each sequence.

@@ -9,7 +9,8 @@
 // order, writes the same bits. What does not depend on positions is read before what does. A few
 // tokens are bound by latency: blocks of theirs are small, so that they find room beside other
 // kernels, as many as give each lane a thread, and while the stream's last kernel ends they ask for
-// what they will need of memory. Many are bound by memory: as many blocks as an SM holds.
+// what they will need of memory, or, where that is settled, read it. Many are bound by memory: as
+// many blocks as an SM holds.
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -20,6 +21,7 @@
 #include "cuda/element.h"
 #include "cuda/launch.h"
 #include "parallax/paged_kv.h"
+#include "parallax/step.h"
 
 namespace parallax {
 namespace {
@@ -52,6 +54,7 @@ struct AppendParams {
   int num_heads;  // of all rows
   int lanes;      // of a group
   int blocks;     // of a token
+  bool settled;   // positions, angles and pages
 };
 
 // The token of a block: number i of sequence b.
@@ -168,7 +171,7 @@ __device__ std::int64_t target_of(const AppendParams& params, const Rows& rows,
 }
 
 // One head of one token. The same for all lanes of a group but `lane`.
-template <class T>
+template <class T, bool kFewTokens>
 __device__ void move_head(const AppendParams& params, const Rows& rows, const Token& token, int h,
                           int lane, unsigned group) {
   const T* source = static_cast<const T*>(rows.from.data) + token.b * rows.from.batch_stride +
@@ -176,7 +179,8 @@ __device__ void move_head(const AppendParams& params, const Rows& rows, const To
   const LaneElements elements(lane, params.head_dim, rows.head.rotate);
   const bool active = lane * kLaneElements < params.head_dim;
   Run<T, 8> words = {};
-  if (active) words = elements.load(source);
+  const bool settled = kFewTokens && params.settled;
+  if (active && !settled) words = elements.load(source);
   float gain[8] = {}, cos[4] = {}, sin[4] = {};
   if (active && rows.head.gain != nullptr) {
     load_floats(rows.head.gain + elements.first, gain);
@@ -193,6 +197,10 @@ __device__ void move_head(const AppendParams& params, const Rows& rows, const To
   std::int64_t target = target_of(params, rows, token);
   if (target < 0) return;
   target += h * rows.to.head_stride;
+  if (settled) {
+    wait_for_last_kernel();
+    if (active) words = elements.load(source);
+  }
   if (rows.head.gain == nullptr && !rows.head.rotate && rows.scale == nullptr) {
     if (active) elements.store(words, static_cast<T*>(rows.to.data) + target);
     return;
@@ -242,7 +250,8 @@ __global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 :
     append_kernel(const __grid_constant__ AppendParams params) {
   start_next_kernel();
   if (kThreads == kFewTokensThreads && threadIdx.x < 8) prefetch_tables(params);
-  wait_for_last_kernel();
+  constexpr bool kFewTokens = kThreads == kFewTokensThreads;
+  if (!kFewTokens || !params.settled) wait_for_last_kernel();
   Token token;
   const unsigned blocks = kThreads == kFewTokensThreads ? params.blocks : 1;
   const unsigned n = blockIdx.x / blocks;
@@ -256,8 +265,10 @@ __global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 :
     int h = slot;
     const Rows* rows = params.rows;
     for (; h >= rows->num_heads; ++rows) h -= rows->num_heads;
-    move_head<T>(params, *rows, token, h, lane, group);
+    move_head<T, kFewTokens>(params, *rows, token, h, lane, group);
   }
+  // Where nothing was moved: what comes after this kernel comes after the last one too.
+  if (kFewTokens && params.settled) wait_for_last_kernel();
 }
 
 Status check_view(const char* name, const void* data, std::int64_t batch_stride,
@@ -323,6 +334,7 @@ AppendParams params_of(const AttentionProblem& problem, const AppendArgs& args) 
       0,
       1,
       1,
+      false,
   };
   for (Rows& rows : params.rows) {
     if (rows.from.data == nullptr) rows.num_heads = 0;
@@ -349,8 +361,10 @@ Status launch(DType dtype, AppendParams params, int tokens, const Device& device
 
 }  // namespace
 
-Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const Device& device,
-                 Stream stream) {
+namespace {
+
+Status append(const AttentionProblem& problem, const AppendArgs& args, bool settled,
+              const Device& device, Stream stream) {
   const AttentionProblem shape = cpu::append_problem(problem, args);
   if (Status status = cpu::check_decode_problem(shape, device); !status.ok()) return status;
   if (Status status = cpu::check_pointers(shape, args); !status.ok()) return status;
@@ -363,13 +377,26 @@ Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const 
   if (tokens > 0x7fffffff || shape.num_q_heads > (1 << 20)) {
     return Status::unsupported("append_kv: batch * q_len must stay below 2^31, heads at most 2^20");
   }
-  const AppendParams params = params_of(shape, args);
+  AppendParams params = params_of(shape, args);
+  params.settled = settled;
   const DeviceScope scope(device.index);
   if (!scope.status().ok()) return scope.status();
   const auto run =
       tokens <= 2 * device.num_sms ? launch<kFewTokensThreads> : launch<kManyTokensThreads>;
   return run(shape.dtype, params, static_cast<int>(tokens), device,
              static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace
+
+Status append_kv(const AttentionProblem& problem, const AppendArgs& args, const Device& device,
+                 Stream stream) {
+  return append(problem, args, /*settled=*/false, device, stream);
+}
+
+Status append_kv_settled(const AttentionProblem& problem, const AppendArgs& args,
+                         const Device& device, Stream stream) {
+  return append(problem, args, /*settled=*/true, device, stream);
 }
 
 }  // namespace parallax

@@ -4,6 +4,7 @@
 #include <ATen/SDPBackend.h>
 
 #include "ops/parallax_ops.h"
+#include "ops/step.h"
 
 namespace parallax::lm {
 
@@ -94,11 +95,14 @@ std::pair<at::Tensor, at::Tensor> Attention::append(const AttentionInputs& raw, 
   options.rotate_r = r_proj_ && config_.r_rope;
   options.eps = config_.rms_norm_eps;
   options.page_table = cache.page_table(call.rows);
-  // Softmax has no r; its q stands in and what comes of it is dropped.
-  const auto [q, r] = ops::append_kv_rotary(
-      raw.q, r_proj_ ? raw.r : raw.q, raw.k, raw.v, cache.k(layer), cache.v(layer),
-      cache.positions(call.rows), cache.angles().cos, cache.angles().sin, options);
-  return {q, r_proj_ ? r : at::Tensor()};
+  const auto append = [&](const auto& append_kv) -> std::pair<at::Tensor, at::Tensor> {
+    // Softmax has no r; its q stands in and what comes of it is dropped.
+    const auto [q, r] =
+        append_kv(raw.q, r_proj_ ? raw.r : raw.q, raw.k, raw.v, cache.k(layer), cache.v(layer),
+                  cache.positions(call.rows), cache.angles().cos, cache.angles().sin, options);
+    return {q, r_proj_ ? r : at::Tensor()};
+  };
+  return raw.q.is_cuda() ? append(ops::append_kv_settled) : append(ops::append_kv_rotary);
 }
 
 // The gains of the heads stay in float32, as append_kv takes them.

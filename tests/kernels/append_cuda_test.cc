@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "parallax/step.h"
 #include "tests/kernels/append_case.h"
 #include "tests/kernels/cuda_call.h"
 
@@ -81,6 +82,7 @@ class CudaAppend {
   Status run(cudaStream_t stream = nullptr) {
     return append_kv(problem_, args_, cuda_device(), static_cast<Stream>(stream));
   }
+  Status run_settled() { return append_kv_settled(problem_, args_, cuda_device(), nullptr); }
   void poison_outputs() {
     cudaDeviceSynchronize();
     for (DeviceTensor* tensor : {&k_cache_, &v_cache_, &q_out_, &r_out_}) tensor->memory.poison();
@@ -128,7 +130,11 @@ TEST_F(AppendCuda, WritesTheBitsOfTheCpu) {
       CudaAppend call(c);
       const Status status = call.run();
       ASSERT_TRUE(status.ok()) << c.name << ": " << status.message();
-      expect_same_bytes(call.results(), cpu_results(c), c.name + " " + name_of(dtype));
+      const std::vector<Tensor> expected = cpu_results(c);
+      expect_same_bytes(call.results(), expected, c.name + " " + name_of(dtype));
+      CudaAppend settled(c);
+      ASSERT_TRUE(settled.run_settled().ok());
+      expect_same_bytes(settled.results(), expected, c.name + ", settled, " + name_of(dtype));
     }
   }
 }

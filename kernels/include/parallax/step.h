@@ -83,6 +83,11 @@ struct NextTokensArgs {
 Status next_tokens(std::int64_t rows, const NextTokensArgs& args, const Device& device,
                    Stream stream);
 
+// append_kv() where positions, angles, gains, cos, sin, scales and the page table are not written
+// by work that is still under way on the stream: they are read before it has ended.
+Status append_kv_settled(const AttentionProblem& problem, const AppendArgs& args,
+                         const Device& device, Stream stream);
+
 // run() of a decode where kv_lens, kv_start, the page table, scales, the schedule and the caches,
 // but for the newest q_len tokens of each sequence, are not written by work that is still under way
 // on the stream: keys and values are asked for before it has ended.
