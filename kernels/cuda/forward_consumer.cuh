@@ -18,8 +18,6 @@ struct ForwardConsumer {
   static constexpr bool kPinned = kHeadDim == 128;  // p and w are made before the wait for V
   static constexpr bool kHalves = kKeys == 128;     // a row's last tile may be half a tile
   static constexpr int kHalf = kHalves ? kKeys / 2 : kKeys;
-  // q and r of the next query tile are there before this one's last products.
-  static constexpr bool kCrosses = kTile.q_in_registers || kTile.packed_stages > 1;
 
   const ForwardParams& params;
   Shared& shared;
@@ -96,13 +94,12 @@ struct ForwardConsumer {
     }
   }
 
-  // s of the n-th query tile.
-  __device__ __forceinline__ void multiply_keys(unsigned stage, unsigned n) {
+  __device__ __forceinline__ void multiply_keys(unsigned stage) {
     const std::uint32_t keys =
         wgmma::descriptor(ptx::shared_address(shared.k[0])) + stage * (Shared::kKeyBytes >> 4);
     const std::uint32_t rows =
         wgmma::descriptor(ptx::shared_address(shared.packed[0]) + warpgroup * 8192) +
-        n % kTile.packed_stages * (Shared::kPackedBytes >> 4);
+        packed_stage() * (Shared::kPackedBytes >> 4);
     wgmma::forget(s);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
@@ -208,34 +205,12 @@ struct ForwardConsumer {
     ptx::barrier_wait(&shared.k_full[stage], (used / kTile.stages) & 1);
     take_turn();
     wgmma::fence();
-    multiply_keys(stage, query_tile);
+    multiply_keys(stage);
     wgmma::commit();
     pass_turn();
     wgmma::wait<0>();
     wgmma::settle(s);
     release(&shared.k_empty[stage]);
-  }
-
-  // The same for the next query tile, issued together with the last products of this one, whose
-  // results are then stored.
-  __device__ __forceinline__ void cross(const TileInfo& info) {
-    const unsigned stage = used % kTile.stages;
-    const unsigned last = (used - 1) % kTile.stages;
-    ptx::barrier_wait(&shared.k_full[stage], (used / kTile.stages) & 1);
-    take_turn();
-    wgmma::fence();
-    multiply_keys(stage, query_tile + 1);
-    wgmma::commit();
-    ptx::barrier_wait(&shared.v_full[last], ((used - 1) / kTile.stages) & 1);
-    wgmma::fence();
-    multiply_values<kKeys>(last);
-    wgmma::commit();
-    pass_turn();
-    const Ending ending = end(info);
-    finish_values(last);
-    wgmma::settle(s);
-    release(&shared.k_empty[stage]);
-    store(info, ending);
   }
 
   // A key tile that only other warpgroups see.
@@ -261,7 +236,7 @@ struct ForwardConsumer {
     keys_ready = false;
     take_turn();
     wgmma::fence();
-    multiply_keys(stage, query_tile);
+    multiply_keys(stage);
     wgmma::commit();
     ptx::barrier_wait(&shared.v_full[last], ((used - 1) / kTile.stages) & 1);
     wgmma::fence();
@@ -394,15 +369,6 @@ struct ForwardConsumer {
     for (; count > 0; --count) skip_tile();
   }
 
-  // The first products of the next query tile can be issued under the last ones of this: nothing is
-  // to be skipped between them.
-  __device__ __forceinline__ bool can_cross() const {
-    if (!kCrosses || tiles_below(info_of(query_tile)) > 0) return false;
-    if (!await_packed(query_tile + 1)) return false;
-    const TileInfo& next = info_of(query_tile + 1);
-    return sees_keys(next) && tiles_above(next) == 0;
-  }
-
   // All of a query tile's key tiles but the last products with V.
   __device__ __forceinline__ void meet_keys(const TileInfo& info) {
     const int own_begin = ptx::uniform(info.own[warpgroup].begin);
@@ -459,14 +425,8 @@ struct ForwardConsumer {
       }
       skip_tiles(tiles_above(info_of(query_tile)));
       first_products();
-#pragma unroll 1
-      for (;; ++query_tile) {
-        meet_keys(info_of(query_tile));
-        if constexpr (!kTile.q_in_registers) release_packed();
-        if (!can_cross()) break;
-        take_packed();
-        cross(info_of(query_tile));
-      }
+      meet_keys(info_of(query_tile));
+      if constexpr (!kTile.q_in_registers) release_packed();
       last_step(info_of(query_tile));
       skip_tiles(tiles_below(info_of(query_tile)));
     }

@@ -34,9 +34,8 @@ struct TileInfo {
   Range interior[kMaxWarpgroups];  // and that need no mask
   bool half[kMaxWarpgroups];       // of its last key tile, all that it sees lies in the first half
 };
-// While consumers store tile n, the scheduler may be at n + 4: their first products of n + 1 are
-// done.
-constexpr int kTileInfos = 8;
+// While consumers store tile n, the scheduler may be at n + 3.
+constexpr int kTileInfos = 4;
 
 template <int kHeadDim>
 struct alignas(1024) ForwardShared {
