@@ -54,7 +54,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(const AttentionOpti
   const Tensor v_bar = save_v_bar ? empty_like_contiguous(q) : at::empty({0}, q.options());
   if (q.is_meta()) return {o, lse, t_bar, v_bar};
 
-  const AttentionProblem problem = attention_problem(q, shape, options);
+  AttentionProblem problem = attention_problem(q, shape, options);
+  problem.kv_dtype = kernel_dtype(k);
   const Device device = device_of(op, q);
   // A forward whose backward cannot follow would lose its work.
   if (save_v_bar) make_plan<BackwardPlan>(op, problem, device);
@@ -65,6 +66,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_forward(const AttentionOpti
   args.v = const_view(v);
   args.sequences = sequences_of(options);
   args.pages = page_table_view(options.page_table, k);
+  args.k_scale = float_data(options.k_scale);
+  args.v_scale = float_data(options.v_scale);
   args.o = view(o);
   if (save_v_bar) args.v_bar = view(v_bar);
   args.lse = lse.mutable_data_ptr();
@@ -82,6 +85,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   TORCH_CHECK_VALUE(!options.page_table,
                     "parallax::attention_backward: page_table: expected "
                     "None (a paged cache serves forward only), got a tensor");
+  TORCH_CHECK_VALUE(!options.k_scale,
+                    "parallax::attention_backward: k_scale: expected "
+                    "None (an FP8 cache serves forward only), got a tensor");
   const CallShape shape = check_attention(op, q, r, k, v, options);
   check_saved(op, shape, q, d_o, o, v_bar, lse, t_bar);
   const Tensor dq = empty_like_contiguous(q);

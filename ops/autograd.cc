@@ -140,6 +140,9 @@ FourTensors attention_forward_autograd(const AttentionOptions& options, const Te
   TORCH_CHECK_NOT_IMPLEMENTED(!options.page_table,
                               "parallax::attention: page_table: expected None where q, r, k or v "
                               "requires grad (a paged cache serves forward only), got a tensor");
+  TORCH_CHECK_NOT_IMPLEMENTED(!options.k_scale,
+                              "parallax::attention: k_scale: expected None where q, r, k or v "
+                              "requires grad (an FP8 cache serves forward only), got a tensor");
   return as_tuple(AttentionFunction::apply(q, r, k, v, options));
 }
 
@@ -188,7 +191,7 @@ bool is_new_token(const std::string& argument) {
 }
 
 // Autocast of all operators: the new tokens q, r, k, v in the autocast dtype. Caches stay as they
-// are: a cast would copy all of them, and lose what append_kv writes.
+// are, FP8 ones by whatever name: a cast would copy all of them, and lose what append_kv writes.
 template <c10::DeviceType device_type>
 void autocast(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/,
               torch::jit::Stack* stack) {
@@ -198,7 +201,7 @@ void autocast(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/,
   const at::ScalarType dtype = at::autocast::get_autocast_dtype(device_type);
   for (std::size_t i = 0; i < arguments.size(); ++i) {
     c10::IValue& value = *(stack->end() - arguments.size() + i);
-    if (is_new_token(arguments[i].name())) {
+    if (is_new_token(arguments[i].name()) && value.toTensor().scalar_type() != at::kFloat8_e4m3fn) {
       value = at::autocast::cached_cast(dtype, value.toTensor(), device_type);
     }
   }

@@ -252,10 +252,12 @@ void check_packed_alone(const char* op, const AttentionOptions& options) {
                     options.cu_seqlens_q ? "cu_seqlens_k" : "cu_seqlens_q",
                     ": expected together with ",
                     options.cu_seqlens_q ? "cu_seqlens_q" : "cu_seqlens_k", ", got None");
-  const std::array<std::pair<const char*, const OptionalTensor*>, 3> others{
+  const std::array<std::pair<const char*, const OptionalTensor*>, 5> others{
       {{"kv_lens", &options.kv_lens},
        {"kv_start", &options.kv_start},
-       {"page_table", &options.page_table}}};
+       {"page_table", &options.page_table},
+       {"k_scale", &options.k_scale},
+       {"v_scale", &options.v_scale}}};
   for (const auto& [name, tensor] : others) {
     TORCH_CHECK_VALUE(!*tensor, "parallax::", op, ": ", name,
                       ": expected None in the packed layout (cu_seqlens), got a tensor");
@@ -285,9 +287,8 @@ CallShape check_attention(const char* op, const at::Tensor& q, const at::Tensor&
     return check_packed(query, probe, key, value, {op, "cu_seqlens_q", *options.cu_seqlens_q},
                         {op, "cu_seqlens_k", *options.cu_seqlens_k});
   }
-  TORCH_CHECK_TYPE(!is_fp8(k), key, "expected ", dtype_name(q.scalar_type()),
-                   " like q, got float8_e4m3fn (decode reads FP8 caches)");
   CallShape shape = check_batched(query, probe, key, value, options.page_table);
+  check_scales(key, options.k_scale, options.v_scale);
   check_lengths(query, options.kv_lens, "kv_lens");
   check_lengths(query, options.kv_start, "kv_start");
   return shape;

@@ -24,7 +24,8 @@ struct Unpacked<kernel> {
   static Result call(Args... args, std::optional<double> scale, bool causal,
                      std::optional<std::int64_t> window, const OptionalTensor& cu_seqlens_q,
                      const OptionalTensor& cu_seqlens_k, const OptionalTensor& kv_lens,
-                     const OptionalTensor& kv_start, const OptionalTensor& page_table) {
+                     const OptionalTensor& kv_start, const OptionalTensor& page_table,
+                     const OptionalTensor& k_scale, const OptionalTensor& v_scale) {
     AttentionOptions options;
     options.scale = scale;
     options.causal = causal;
@@ -34,6 +35,8 @@ struct Unpacked<kernel> {
     options.kv_lens = kv_lens;
     options.kv_start = kv_start;
     options.page_table = page_table;
+    options.k_scale = k_scale;
+    options.v_scale = v_scale;
     return kernel(options, args...);
   }
 };
@@ -53,13 +56,14 @@ class AttentionOperator<Result(Args...)> {
   Result operator()(const AttentionOptions& options, Args... args) const {
     return handle_.call(args..., options.scale, options.causal, options.window,
                         options.cu_seqlens_q, options.cu_seqlens_k, options.kv_lens,
-                        options.kv_start, options.page_table);
+                        options.kv_start, options.page_table, options.k_scale, options.v_scale);
   }
 
  private:
   using Flat = Result(Args..., std::optional<double>, bool, std::optional<std::int64_t>,
                       const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-                      const OptionalTensor&, const OptionalTensor&);
+                      const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+                      const OptionalTensor&);
   c10::TypedOperatorHandle<Flat> handle_;
 };
 

@@ -25,12 +25,15 @@ struct AttentionOptions {
   std::optional<at::Tensor> kv_lens;       // int32 [batch], end of the visible keys
   std::optional<at::Tensor> kv_start;      // int32 [batch], their begin
   std::optional<at::Tensor> page_table;    // int32 [batch, max_pages]; forward only
+  std::optional<at::Tensor> k_scale;       // float [num_kv_heads]: both with an FP8 cache, and only
+  std::optional<at::Tensor> v_scale;       // there, as in decode; forward only
 };
 
 // q, r [batch, q_len, num_q_heads, head_dim], k, v [batch, kv_len, num_kv_heads, head_dim] (packed:
-// [tokens, heads, head_dim]) -> o like q. Differentiable in q, r, k, v, once; with a page_table
-// (k, v as in decode) forward only. The last axis of each must be contiguous. Under autocast q, r,
-// k, v are cast to its dtype.
+// [tokens, heads, head_dim]) -> o like q. Differentiable in q, r, k, v, once; with a page_table or
+// an FP8 cache (k, v as in decode) forward only. An FP8 cache's visible tokens are written out in
+// q's dtype first, into scratch memory for kv_len tokens of each sequence. The last axis of each
+// must be contiguous. Under autocast q, r, k, v are cast to its dtype, but for an FP8 cache.
 at::Tensor attention(const at::Tensor& q, const at::Tensor& r, const at::Tensor& k,
                      const at::Tensor& v, const AttentionOptions& options = {});
 

@@ -43,7 +43,7 @@ Tensor decode_default(const DecodeInputs& in) {
 #define PARALLAX_ATTENTION_OPTIONS                                               \
   "float? scale=None, bool causal=True, int? window=None, "                      \
   "Tensor? cu_seqlens_q=None, Tensor? cu_seqlens_k=None, Tensor? kv_lens=None, " \
-  "Tensor? kv_start=None, Tensor? page_table=None"
+  "Tensor? kv_start=None, Tensor? page_table=None, Tensor? k_scale=None, Tensor? v_scale=None"
 #define PARALLAX_DECODE_INPUTS                                                            \
   "Tensor q, Tensor r, Tensor k_cache, Tensor v_cache, *, Tensor kv_lens, "               \
   "Tensor? kv_start=None, Tensor? page_table=None, float? scale=None, int? window=None, " \

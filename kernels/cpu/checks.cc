@@ -166,6 +166,15 @@ Status check_scales(const AttentionProblem& problem, const float* k_scale, const
   return {};
 }
 
+Status check_cache_dtype(const AttentionProblem& problem) {
+  const DType cache = cache_dtype(problem);
+  if (cache != problem.dtype && (cache != DType::kFloat8E4M3 || problem.dtype == DType::kFloat64)) {
+    return expected("kv_dtype", "dtype, or kFloat8E4M3 with any dtype but float64",
+                    static_cast<int>(cache));
+  }
+  return {};
+}
+
 Status check_shape(const AttentionProblem& problem, const Device& device) {
   constexpr std::int64_t kMaxLen = std::numeric_limits<std::int32_t>::max();
   if (problem.dtype > DType::kFloat16) {
@@ -222,10 +231,21 @@ Status check_page_table(const AttentionProblem& problem, const PageTable& pages)
   return {};
 }
 
-Status check_problem(const AttentionProblem& problem, const Device& device) {
+Status check_backward_problem(const AttentionProblem& problem, const Device& device) {
   PARALLAX_RETURN_IF_ERROR(check_shape(problem, device));
   if (cache_dtype(problem) != problem.dtype) {
-    return expected("kv_dtype", "dtype: only decode and append_kv take a cache of another type",
+    return expected("kv_dtype",
+                    "dtype: only forward, decode and append_kv take a cache of another type",
+                    static_cast<int>(cache_dtype(problem)));
+  }
+  return {};
+}
+
+Status check_forward_problem(const AttentionProblem& problem, const Device& device) {
+  PARALLAX_RETURN_IF_ERROR(check_shape(problem, device));
+  PARALLAX_RETURN_IF_ERROR(check_cache_dtype(problem));
+  if (problem.packed && cache_dtype(problem) != problem.dtype) {
+    return expected("kv_dtype", "dtype in a packed call, which has no cache",
                     static_cast<int>(cache_dtype(problem)));
   }
   return {};
@@ -233,11 +253,7 @@ Status check_problem(const AttentionProblem& problem, const Device& device) {
 
 Status check_decode_problem(const AttentionProblem& problem, const Device& device) {
   PARALLAX_RETURN_IF_ERROR(check_shape(problem, device));
-  const DType cache = cache_dtype(problem);
-  if (cache != problem.dtype && (cache != DType::kFloat8E4M3 || problem.dtype == DType::kFloat64)) {
-    return expected("kv_dtype", "dtype, or kFloat8E4M3 with any dtype but float64",
-                    static_cast<int>(cache));
-  }
+  PARALLAX_RETURN_IF_ERROR(check_cache_dtype(problem));
   if (problem.packed) {
     return Status::invalid_argument(
         "packed: decode takes [batch, q_len, heads, head_dim]; use forward for packed sequences");
@@ -264,6 +280,7 @@ Status check_arguments(const AttentionProblem& problem, const ForwardArgs& args)
   PARALLAX_RETURN_IF_ERROR(check_present("r", args.r.data, q_elements));
   PARALLAX_RETURN_IF_ERROR(check_present("k", args.k.data, kv_elements));
   PARALLAX_RETURN_IF_ERROR(check_present("v", args.v.data, kv_elements));
+  PARALLAX_RETURN_IF_ERROR(check_scales(problem, args.k_scale, args.v_scale));
   PARALLAX_RETURN_IF_ERROR(check_present("o", args.o.data, q_elements));
   PARALLAX_RETURN_IF_ERROR(check_sequences(problem, args.sequences));
   return check_visible_pages(problem, args.sequences, args.pages);

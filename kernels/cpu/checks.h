@@ -7,8 +7,9 @@
 
 namespace parallax::cpu {
 
-// What all passes ask of a problem, on every device.
-Status check_problem(const AttentionProblem& problem, const Device& device);
+// What a pass asks of a problem, on every device.
+Status check_forward_problem(const AttentionProblem& problem, const Device& device);
+Status check_backward_problem(const AttentionProblem& problem, const Device& device);
 Status check_decode_problem(const AttentionProblem& problem, const Device& device);
 
 // The problem that append_kv reads: num_q_heads where the prologue has queries, what else it does

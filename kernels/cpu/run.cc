@@ -5,6 +5,7 @@
 #include "cpu/decode.h"
 #include "cpu/forward.h"
 #include "cpu/reference.h"
+#include "cpu/widen.h"
 #include "parallax/attention.h"
 
 namespace parallax {
@@ -32,7 +33,13 @@ Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace,
            const ParallelFor& parallel_for) {
   if (Status status = check_run(plan, workspace, parallel_for); !status.ok()) return status;
   if (Status status = cpu::check_arguments(plan.problem, args); !status.ok()) return status;
-  if (plan.problem.dtype != DType::kFloat64) {
+  if (cpu::widens(plan.problem)) {
+    cpu::widen(plan.problem, args, workspace, parallel_for);
+    ForwardPlan rest = plan;
+    rest.problem = cpu::widened_problem(plan.problem);
+    cpu::forward(rest, cpu::widened_args(plan.problem, args, workspace),
+                 static_cast<char*>(workspace) + cpu::widened_bytes(plan.problem), parallel_for);
+  } else if (plan.problem.dtype != DType::kFloat64) {
     cpu::forward(plan, args, workspace, parallel_for);
   } else {
     cpu::reference_forward(plan.problem, args, parallel_for);

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "cpu/checks.h"
+#include "cpu/widen.h"
 #include "cuda/element.h"
 #include "cuda/forward.h"
 #include "cuda/launch.h"
@@ -16,6 +17,7 @@
 #include "cuda/plan.h"
 #include "cuda/portable_forward.h"
 #include "cuda/schedule.h"
+#include "cuda/widen.h"
 
 namespace parallax {
 namespace {
@@ -129,6 +131,9 @@ Status check_arguments(const ForwardPlan& plan, const ForwardArgs& args, const v
   if (args.pages.table != nullptr) {
     if (Status s = cpu::check_page_table(plan.problem, args.pages); !s.ok()) return s;
   }
+  if (Status s = cpu::check_scales_present(plan.problem, args.k_scale, args.v_scale); !s.ok()) {
+    return s;
+  }
   const bool keyed = has_keys(plan.problem, args.pages);
   const struct {
     const char* name;
@@ -191,10 +196,29 @@ Status plan_forward(const AttentionProblem& problem, const Device& device, Forwa
 
 }  // namespace cuda
 
+namespace {
+
+// Writes the visible part of an FP8 cache out in the problem's dtype, then runs on that.
+Status run_widened(const ForwardPlan& plan, const ForwardArgs& args, void* workspace,
+                   Stream stream) {
+  const DeviceScope scope(plan.device.index);
+  if (!scope.status().ok()) return scope.status();
+  const Status status =
+      launch_widen(plan.problem, args, workspace, plan.device, static_cast<cudaStream_t>(stream));
+  if (!status.ok()) return status;
+  ForwardPlan rest = plan;
+  rest.problem = cpu::widened_problem(plan.problem);
+  return run(rest, cpu::widened_args(plan.problem, args, workspace),
+             static_cast<char*>(workspace) + cpu::widened_bytes(plan.problem), stream);
+}
+
+}  // namespace
+
 Status run(const ForwardPlan& plan, const ForwardArgs& args, void* workspace, Stream stream) {
   const AttentionProblem& problem = plan.problem;
   if (problem.batch == 0 || problem.q_len == 0) return {};
   if (Status s = check_arguments(plan, args, workspace); !s.ok()) return s;
+  if (cpu::widens(problem)) return run_widened(plan, args, workspace, stream);
   for (auto [name, view] : {std::pair{"o", &args.o}, std::pair{"v_bar", &args.v_bar}}) {
     const Status s =
         check_rows(name, read_only(*view), problem, problem.q_len, problem.num_q_heads);

@@ -89,6 +89,8 @@ def attention(
     kv_lens: Optional[Tensor] = None,
     kv_start: Optional[Tensor] = None,
     page_table: Optional[Tensor] = None,
+    k_scale: Optional[Tensor] = None,
+    v_scale: Optional[Tensor] = None,
     return_stats: bool = False,
 ) -> Union[Tensor, Tuple[Tensor, Tensor, Tensor]]:
     """Parallax attention, differentiable (once) in q, r, k and v.
@@ -98,7 +100,9 @@ def attention(
     last `window` keys, its own among them. Visible keys of sequence b are
     [kv_start[b], kv_lens[b]), int32 [batch]. cu_seqlens_q and cu_seqlens_k, int32 [batch + 1],
     select the packed layout. A page_table, int32 [batch, max_pages], makes k and v pages
-    [num_pages, page_size, num_kv_heads, head_dim]; forward only.
+    [num_pages, page_size, num_kv_heads, head_dim]; forward only. So are k and v of dtype
+    float8_e4m3fn, a cache as in decode with k_scale and v_scale: its visible tokens are written out
+    in q's dtype first, into scratch memory for the keys' whole length.
 
     Returns o like q; with return_stats (o, lse, t_bar), the statistics [batch, num_q_heads, q_len]
     (packed [num_q_heads, tokens]), float32 (float64 for float64), natural logarithm, not
@@ -118,6 +122,8 @@ def attention(
         kv_lens=kv_lens,
         kv_start=kv_start,
         page_table=page_table,
+        k_scale=k_scale,
+        v_scale=v_scale,
     )
 
 

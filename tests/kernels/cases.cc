@@ -96,6 +96,15 @@ void quantise_cache(Case* c, double coverage) {
   c->name += ", FP8 cache";
 }
 
+Case widened(Case c) {
+  c.problem.kv_dtype.reset();
+  c.k_scale.clear();
+  c.v_scale.clear();
+  c.inputs.k = round_to(c.problem.dtype, std::move(c.inputs.k));
+  c.inputs.v = round_to(c.problem.dtype, std::move(c.inputs.v));
+  return c;
+}
+
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
                  const std::vector<std::int32_t>& kv_lens, Data data, unsigned seed) {
   Case packed;

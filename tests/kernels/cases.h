@@ -55,6 +55,10 @@ Inputs random_inputs(const AttentionProblem& problem, Data data, unsigned seed);
 // head that does not saturate, over the head's largest.
 void quantise_cache(Case* c, double coverage = 1.0);
 
+// The same with a cache of the problem's dtype, which holds the FP8 one's elements times their
+// scales, rounded.
+Case widened(Case c);
+
 // A packed case of these lengths.
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
                  const std::vector<std::int32_t>& kv_lens, Data data, unsigned seed);

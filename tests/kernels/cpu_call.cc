@@ -131,6 +131,8 @@ struct Forward {
     args.r = in.r.const_view();
     args.k = in.k.const_view();
     args.v = in.v.const_view();
+    if (!c.k_scale.empty()) args.k_scale = c.k_scale.data();
+    if (!c.v_scale.empty()) args.v_scale = c.v_scale.data();
     args.sequences = c.lengths.view();
     args.pages = in.table();
     args.o = o.view();

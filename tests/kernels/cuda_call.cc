@@ -159,6 +159,12 @@ std::vector<std::int32_t> visible_entries(const Case& c, const PagedCache& paged
   return entries;
 }
 
+Tensor cache_of(const Case& c, const std::optional<PagedCache>& paged, const Values& values,
+                const std::vector<float>& scale) {
+  const Tensor contiguous = keys(c, values, scale);
+  return paged ? paged->scatter(contiguous) : contiguous;
+}
+
 }  // namespace
 
 CudaForward::CudaForward(const Case& c, const CudaHow& how)
@@ -169,15 +175,19 @@ CudaForward::CudaForward(const Case& c, const CudaHow& how)
                                : std::nullopt),
       q_(queries(c, c.inputs.q)),
       r_(queries(c, c.inputs.r)),
-      k_(paged_ ? paged_->scatter(keys(c, c.inputs.k)) : keys(c, c.inputs.k)),
-      v_(paged_ ? paged_->scatter(keys(c, c.inputs.v)) : keys(c, c.inputs.v)),
+      k_(cache_of(c, paged_, c.inputs.k, c.k_scale)),
+      v_(cache_of(c, paged_, c.inputs.v, c.v_scale)),
       o_(Tensor(c.problem, false)),
       v_bar_(Tensor(c.problem, false)),
       lengths_(c.lengths),
       lse_(rows_of(c.problem) * sizeof(float)),
       t_bar_(rows_of(c.problem) * sizeof(float)),
       workspace_(workspace_bytes(plan_)),
-      page_table_(paged_ ? 4 * paged_->entries.size() : 0) {
+      page_table_(paged_ ? 4 * paged_->entries.size() : 0),
+      k_scale_(c.k_scale.size() * sizeof(float)),
+      v_scale_(c.v_scale.size() * sizeof(float)) {
+  k_scale_.upload(c.k_scale.data(), k_scale_.size());
+  v_scale_.upload(c.v_scale.data(), v_scale_.size());
   if (paged_) page_table_.upload(visible_entries(c, *paged_).data(), page_table_.size());
   if ((r_.memory.data() < q_.memory.data()) != how.r_below_q) q_.exchange_memory(&r_);
 }
@@ -188,6 +198,8 @@ Status CudaForward::run(cudaStream_t stream) {
   args.r = r_.view();
   args.k = k_.view();
   args.v = v_.view();
+  args.k_scale = static_cast<const float*>(k_scale_.data());
+  args.v_scale = static_cast<const float*>(v_scale_.data());
   args.sequences = lengths_.view();
   if (paged_) {
     args.pages = paged_->table();

@@ -99,7 +99,7 @@ class CudaForward {
   std::optional<PagedCache> paged_;
   DeviceTensor q_, r_, k_, v_, o_, v_bar_;
   DeviceLengths lengths_;
-  DeviceMemory lse_, t_bar_, workspace_, page_table_;
+  DeviceMemory lse_, t_bar_, workspace_, page_table_, k_scale_, v_scale_;
 };
 
 // One call on the default stream.

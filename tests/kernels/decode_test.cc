@@ -367,9 +367,9 @@ TEST(Decode, RefusesScalesThatDoNotFitTheCache) {
   EXPECT_EQ(refusal().rfind("kv_dtype: ", 0), 0u);
   problem.dtype = DType::kFloat8E4M3;
   EXPECT_EQ(refusal().rfind("dtype: ", 0), 0u);
-  ForwardPlan forward;
+  BackwardPlan backward;
   problem.dtype = DType::kBFloat16;
-  EXPECT_EQ(plan(problem, {}, &forward).message().rfind("kv_dtype: ", 0), 0u);
+  EXPECT_EQ(plan(problem, {}, &backward).message().rfind("kv_dtype: ", 0), 0u);
 }
 
 TEST(AppendKv, BuildsACacheThatDecodesLikeOneMadeAtOnce) {

@@ -10,6 +10,7 @@
 
 #include "tests/kernels/cpu_call.h"
 #include "tests/kernels/cuda_call.h"
+#include "tests/kernels/cuda_decode.h"
 
 namespace parallax::tests {
 namespace {
@@ -132,6 +133,43 @@ TEST_P(ForwardCuda, AnyScaleIsTaken) {
             << name_of(dtype) << ", head_dim " << head_dim << ", scale " << scale;
       }
     }
+  }
+}
+
+// What FP8 pages hold beyond the visible tokens is NaN, and so is the workspace before the call.
+TEST_P(ForwardCuda, AnFp8CacheEqualsItsWidenedSelf) {
+  for (DType dtype : kDTypes) {
+    for (std::int64_t head_dim : {8, 40, 64, 128, 256}) {
+      for (Case& c : all_cases(dtype, head_dim, Data::kShifted, 203)) {
+        if (c.problem.packed) continue;
+        quantise_cache(&c);
+        const Results expected = forward(widened(c));
+        CudaHow paged = how();
+        for (int page_size : {0, 1, 16, 256}) {
+          paged.page_size = page_size;
+          const Results ours = cuda_forward(c, paged);
+          const std::string name = c.name + ", " + name_of(dtype) + ", head_dim " +
+                                   std::to_string(head_dim) + ", pages of " +
+                                   std::to_string(page_size);
+          EXPECT_EQ(ours.o, expected.o) << name;
+          EXPECT_EQ(ours.v_bar, expected.v_bar) << name;
+          EXPECT_EQ(ours.lse, expected.lse) << name;
+          EXPECT_EQ(ours.t_bar, expected.t_bar) << name;
+        }
+      }
+    }
+  }
+}
+
+// Decode reads the same cache without writing it out first.
+TEST_P(ForwardCuda, AnFp8CacheIsWhatDecodeReads) {
+  CudaDecodeHow decode_how;
+  decode_how.kernels = GetParam();
+  for (std::int64_t window : {0, 50}) {
+    Case c = ragged_case(DType::kBFloat16, 6, 8, 2, 128, window, Data::kShifted);
+    quantise_cache(&c);
+    const Results ours = forward(c), decoded = cuda_decode(c, decode_how);
+    EXPECT_LE(relative_or_absolute_error(ours.o, decoded.o), 2 * kLargestError) << c.name;
   }
 }
 

@@ -161,6 +161,61 @@ TEST(Forward, PagesEqualAContiguousCache) {
   }
 }
 
+// An FP8 cache is one of the problem's dtype that holds its elements times their scales.
+TEST(Forward, AnFp8CacheEqualsItsWidenedSelf) {
+  for (DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    for (std::int64_t head_dim : {8, 40}) {
+      for (Case& c : all_cases(dtype, head_dim, Data::kShifted, 203)) {
+        if (c.problem.packed) continue;
+        quantise_cache(&c);
+        const Results expected = cpu_forward(widened(c));
+        for (const How& how : {How{1, 0}, How{4, 0}, How{1, 1}, How{4, 16}, How{1, 256}}) {
+          const Results ours = cpu_forward(c, how);
+          EXPECT_EQ(ours.o, expected.o) << c.name << ", pages of " << how.page_size;
+          EXPECT_EQ(ours.v_bar, expected.v_bar) << c.name << ", pages of " << how.page_size;
+          EXPECT_EQ(ours.lse, expected.lse) << c.name << ", pages of " << how.page_size;
+          EXPECT_EQ(ours.t_bar, expected.t_bar) << c.name << ", pages of " << how.page_size;
+        }
+      }
+    }
+  }
+}
+
+TEST(Forward, Fp8CachesAndTheirScalesAreRefusedByName) {
+  AttentionProblem problem = problem_of(DType::kFloat32, 1, 20, 20, 2, 1, 16);
+  problem.kv_dtype = DType::kFloat8E4M3;
+  ForwardPlan forward;
+  ASSERT_TRUE(plan(problem, {}, &forward).ok());
+  std::vector<float> memory(4096, 1.0f);
+  const ConstView view{memory.data(), 640, 32, 16};
+  ForwardArgs args;
+  args.q = args.r = args.k = args.v = view;
+  args.o = {memory.data(), 640, 32, 16};
+  std::vector<std::max_align_t> workspace(workspace_bytes(forward) / sizeof(std::max_align_t) + 8);
+  const auto refusal = [&](const ForwardPlan& of) {
+    void* start = workspace.data();
+    std::size_t space = workspace.size() * sizeof(std::max_align_t);
+    return run(of, args, std::align(64, workspace_bytes(of), start, space), parallel_for(1))
+        .message();
+  };
+  EXPECT_EQ(refusal(forward).rfind("k_scale: ", 0), 0u) << refusal(forward);
+  const float good = 0.5f, bad = 0.0f;
+  args.k_scale = &good;
+  EXPECT_EQ(refusal(forward).rfind("v_scale: ", 0), 0u) << refusal(forward);
+  args.v_scale = &bad;
+  EXPECT_EQ(refusal(forward).rfind("v_scale[0]: ", 0), 0u) << refusal(forward);
+  problem.kv_dtype.reset();
+  ForwardPlan plain;
+  ASSERT_TRUE(plan(problem, {}, &plain).ok());
+  EXPECT_EQ(refusal(plain).rfind("k_scale: ", 0), 0u) << refusal(plain);
+  problem.kv_dtype = DType::kFloat8E4M3;
+  problem.packed = true;
+  EXPECT_EQ(plan(problem, {}, &plain).message().rfind("kv_dtype: ", 0), 0u);
+  problem.packed = false;
+  problem.dtype = DType::kFloat64;
+  EXPECT_EQ(plan(problem, {}, &plain).message().rfind("kv_dtype: ", 0), 0u);
+}
+
 TEST(Forward, ThreadsDoNotChangeABit) {
   for (DType dtype : kEveryDType) {
     for (const Case& c : all_cases(dtype, 16, Data::kShifted, 203)) {

@@ -391,7 +391,7 @@ def test_states_merge_as_on_the_cpu():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("page_size", [None, 16])
-def test_fp8_cache_is_written_as_on_the_cpu_and_decoded(skip_without_kernel, dtype, page_size):
+def test_fp8_cache_is_written_as_on_the_cpu_and_read(skip_without_kernel, dtype, page_size):
     q, r, k, v, kv_lens = decode_case(kv_len=528, dtype=dtype)
     scales = [(x.abs().amax((0, 1, 3)) / 300).float() for x in (k, v)]
     options = dict(k_scale=scales[0], v_scale=scales[1])
@@ -426,6 +426,16 @@ def test_fp8_cache_is_written_as_on_the_cpu_and_decoded(skip_without_kernel, dty
     ]
     exact = formula(q.double(), r.double(), *stored, kv_lens=kv_lens)[0]
     assert (o - exact).abs().max() <= 1e-2 * exact.abs().max()
+    prompt = parallax_cpp.attention(q, r, *caches, kv_lens=kv_lens, page_table=table, **options)
+
+    def held(cache, scale):
+        rows = cache.view(torch.uint8)
+        rows = rows if table is None else rows[table.long()]
+        elements = rows.reshape(k.shape).view(torch.float8_e4m3fn)
+        return (elements.float() * scale.view(-1, 1)).to(dtype)
+
+    wide = [held(cache, scale) for cache, scale in zip(caches, scales)]
+    assert torch.equal(prompt, parallax_cpp.attention(q, r, *wide, kv_lens=kv_lens))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -124,6 +124,28 @@ def test_fp8_cache_rounds_as_torch_does_and_decodes_what_it_holds():
     )
 
 
+def test_a_prompt_over_an_fp8_cache_meets_what_it_holds():
+    """In chunks, as decode's tokens would: the cache's elements times their scales, in q's dtype."""
+    q, r, k, v = inputs(q_len=7, kv_len=9, heads=(6, 2), head_dim=32, dtype=torch.bfloat16)
+    caches, scales = fp8_caches(k, v, capacity=12)
+    wide = [(x.float() * s.view(-1, 1)).to(q.dtype) for x, s in zip(caches, scales)]
+    options = dict(kv_lens=int_tensor([9, 5]), kv_start=int_tensor([0, 2]), window=4)
+    narrow_options = dict(options, k_scale=scales[0], v_scale=scales[1])
+    expected = parallax_cpp.attention(q, r, *wide, **options, return_stats=True)
+    ours = parallax_cpp.attention(q, r, *caches, **narrow_options, return_stats=True)
+    for a, b in zip(ours, expected):
+        assert torch.equal(a, b)
+    table = int_tensor([[5, 0, 3], [1, 4, 2]])
+    pages = [x.new_empty(6, 4, 2, 32) for x in caches]
+    for page, cache in zip(pages, caches):
+        page.view(torch.uint8)[table.long()] = cache.view(torch.uint8).view(2, 3, 4, 2, 32)
+    paged = parallax_cpp.attention(q, r, *pages, page_table=table, **narrow_options)
+    assert torch.equal(paged, expected[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        o = parallax_cpp.attention(q.float(), r.float(), *caches, **narrow_options)
+    assert torch.equal(o, expected[0])
+
+
 def test_a_schedule_changes_nothing():
     q, r, k, v = inputs(q_len=1, kv_len=9, dtype=torch.float32)
     kv_lens = int_tensor([9, 5])
@@ -181,8 +203,15 @@ def test_fp8_and_rotary_refusals():
         parallax_cpp.decode(q, r, narrow[0], v, kv_lens=kv_lens, **scales)
     with pytest.raises(TypeError, match="k_cache: expected float64 like q, got float8_e4m3fn"):
         parallax_cpp.decode(q.double(), r.double(), *narrow, kv_lens=kv_lens, **scales)
-    with pytest.raises(TypeError, match="k: expected float32 like q, got float8_e4m3fn"):
+    with pytest.raises(ValueError, match="k_scale: expected float32 .* float8_e4m3fn cache"):
         parallax_cpp.attention(q, r, *narrow)
+    with pytest.raises(ValueError, match="k_scale: expected None with a cache of float32"):
+        parallax_cpp.attention(q, r, k, v, **scales)
+    with pytest.raises(NotImplementedError, match="k_scale: expected None where q, r, k or v"):
+        parallax_cpp.attention(q.clone().requires_grad_(), r, *narrow, **scales)
+    packed = dict(cu_seqlens_q=int_tensor([0, 1]), cu_seqlens_k=int_tensor([0, 4]))
+    with pytest.raises(ValueError, match="k_scale: expected None in the packed layout"):
+        parallax_cpp.attention(q[0], r[0], narrow[0][0], narrow[1][0], **packed, **scales)
     with pytest.raises(TypeError, match="k_cache: expected float32 like k, got float16"):
         parallax_cpp.append_kv(
             k[:, :1], v[:, :1], k.half(), v.half(), positions=int_tensor([0, 0])

@@ -45,8 +45,8 @@ struct AttentionProblem {
   bool causal = true;
   std::int64_t window = 0;  // 0: no window
   bool packed = false;
-  // Of k_cache and v_cache; absent: dtype. Only decode and append_kv take another one: kFloat8E4M3,
-  // with any dtype but float64.
+  // Of a cache, k and v; absent: dtype. Forward (but packed), decode and append_kv take kFloat8E4M3
+  // too, with any dtype but float64.
   std::optional<DType> kv_dtype;
 };
 
@@ -83,6 +83,11 @@ struct ForwardArgs {
   ConstView q, r, k, v;
   Sequences sequences;
   PageTable pages;  // of k and v
+  // As in DecodeArgs. What a cache of kFloat8E4M3 holds is first written out in dtype (element
+  // times scale, rounded), the tokens that some query sees: the workspace has room for kv_len of
+  // them.
+  const float* k_scale = nullptr;
+  const float* v_scale = nullptr;
   View o;
   View v_bar;             // optional: the plain softmax output, in dtype; backward needs it
   void* lse = nullptr;    // optional: m + ln d1
