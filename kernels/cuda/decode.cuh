@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: MIT
 // The decode: a few queries over a long cache, at the speed of memory (docs/kernels.md).
 //
-// A CTA walks its span of the schedule item by item. Each warp streams its own keys through its own
-// ring in shared memory (decode_keys.cuh), or a team of warps with rows of their own shares a ring;
-// nothing in that loop waits for the whole CTA. Then the warps' states become one
-// (decode_results.cuh).
+// A CTA walks its span of the schedule item by item. Of few rows, each warp streams its own keys
+// through its own ring in shared memory (decode_keys.cuh), and nothing in that loop waits for the
+// whole CTA; of more, all warps share a ring and multiply as a warpgroup, each with rows of its
+// own. Then the warps' states become one (decode_results.cuh).
 #pragma once
 
 #include "cuda/decode_keys.cuh"
@@ -134,7 +134,12 @@ Status launch_decode_tiles(const DecodeParams& params, int blocks, cudaStream_t 
 template <class T, class Cache, int kHeadDim, bool kPortable>
 Status launch_decode(const DecodeParams& params, DecodeShape shape, int blocks,
                      cudaStream_t stream) {
-  if constexpr (decode_row_tiles(kHeadDim, sizeof(Cache)) == 2) {
+  if constexpr (!kPortable && sizeof(Cache) == 2) {
+    if (shape.is_warpgroup) {
+      return launch_decode_tiles<T, Cache, kHeadDim, kDecodeWarpgroup, kPortable>(params, blocks,
+                                                                                  stream);
+    }
+  } else if constexpr (decode_row_tiles(kHeadDim, sizeof(Cache)) == 2) {
     if (shape.row_tiles == 2) {
       return launch_decode_tiles<T, Cache, kHeadDim, 2, kPortable>(params, blocks, stream);
     }

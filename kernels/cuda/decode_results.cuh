@@ -21,14 +21,16 @@ struct DecodeResults {
   int warp;
   int lane;
 
-  // Sums of four columns of the CTA's row `of` over `num_parts` that have met in shared memory.
-  __device__ __forceinline__ DecodeSums collect(int of, int column, int num_parts) const {
+  // Sums of four columns of the CTA's row `of` over `num_parts` that have met in shared memory,
+  // in the places of every `every`-th warp.
+  __device__ __forceinline__ DecodeSums collect(int of, int column, int num_parts,
+                                                int every) const {
     const int local = of % Shared::kWarpRows;
     DecodeSums sum;
     sum.row = shared.meeting.totals[of];
     int from = of / Shared::kWarpRows;
 #pragma unroll
-    for (int i = 0; i < kDecodeWarps; ++i, from += params.team) {
+    for (int i = 0; i < kDecodeWarps; ++i, from += every) {
       const auto part_of = [&](const auto& o) {
         return i < num_parts ? *reinterpret_cast<const float4*>(&o[from][local][column]) : float4{};
       };
@@ -170,13 +172,13 @@ struct DecodeResults {
   // Merges all parts of an item into shared memory, a crew of warps to a row. Returns how many
   // parts of a row are left there.
   __device__ __forceinline__ int merge_item(const DecodeItem& item) {
-    int crew = kDecodeWarps / Shared::kLeastTeam;
+    int crew = kDecodeWarps;
     while (crew > 1 && kDecodeWarps / crew < item.rows) crew /= 2;
     const int rank = warp % crew;
 #pragma unroll 1
     for (int of = warp / crew; of < item.rows; of += kDecodeWarps / crew) {
-      // More than one warp to a row is only where a team is the least.
-      const int to = of / Shared::kWarpRows + rank * Shared::kLeastTeam;
+      // More than one warp to a row is only where the first warp's places hold all rows.
+      const int to = of / Shared::kWarpRows + rank;
       const int local = of % Shared::kWarpRows;
 #pragma unroll 1
       for (int column = 4 * lane; column < max(kHeadDim, 128); column += 128) {
@@ -229,6 +231,7 @@ struct DecodeResults {
   __device__ __forceinline__ void finish(const DecodeItem& item) {
     bool is_whole = item.is_whole;
     int num_parts = params.ways;
+    int every = params.team;
     // Once for an item's output or part; once more for the output of merged parts.
 #pragma unroll 1
     while (true) {
@@ -236,7 +239,7 @@ struct DecodeResults {
       for (int i = threadIdx.x; i < item.rows * kColumns; i += 32 * kDecodeWarps) {
         const int of = i / kColumns;
         const int column = i % kColumns * 4;
-        const DecodeSums sum = collect(of, column, num_parts);
+        const DecodeSums sum = collect(of, column, num_parts, every);
         if (is_whole) {
           write(item, of, column, sum);
         } else {
@@ -245,6 +248,7 @@ struct DecodeResults {
       }
       if (is_whole || !is_last_part(item)) return;
       num_parts = merge_item(item);
+      every = 1;
       is_whole = true;
     }
   }

@@ -22,10 +22,12 @@ PARALLAX_HOST_DEVICE constexpr int decode_block_keys(int cache_bytes) {
 
 // How a CTA holds its rows, (query token, head of the group) pairs, token by token: a warp has
 // `row_tiles` tiles of 8, and `team` warps with rows of their own share every key. The other warps
-// take other keys.
+// take other keys. A warpgroup is a team of all warps that multiplies a block of keys at once; an
+// FP8 cache, whose elements are widened in registers, has none.
 struct DecodeShape {
   int row_tiles;
   int team;
+  bool is_warpgroup = false;
   PARALLAX_HOST_DEVICE constexpr int rows() const { return 8 * row_tiles * team; }
 };
 
@@ -59,6 +61,7 @@ constexpr int decode_ctas_per_sm(int padded_head_dim, bool portable, int sm_shar
 
 constexpr DecodeShape decode_shape(int padded_head_dim, int cache_bytes, std::int64_t rows,
                                    bool portable) {
+  if (!portable && cache_bytes == 2 && rows > 8) return {1, kDecodeWarps, true};
   DecodeShape shape{rows > 8 ? decode_row_tiles(padded_head_dim, cache_bytes) : 1,
                     decode_least_team(padded_head_dim, portable)};
   while (shape.team < kDecodeWarps && shape.rows() < rows) shape.team *= 2;

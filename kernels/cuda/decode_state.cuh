@@ -102,15 +102,23 @@ static __device__ __forceinline__ DecodePlace place_of(const DecodeParams& param
   return {token, index - token * params.group};
 }
 
+// Stands for a warp's number of row tiles where all warps multiply as a warpgroup, a tile each.
+constexpr int kDecodeWarpgroup = 0;
+
 template <class T, class Cache, int kHeadDim, int kRowTiles, bool kPortable>
 struct DecodeShared {
   static constexpr bool kIsFp8 = std::is_same_v<Cache, e4m3>;
-  static constexpr int kKeys = decode_slice_keys(sizeof(Cache));
+  static constexpr bool kIsWarpgroup = kRowTiles == kDecodeWarpgroup;
+  static constexpr int kTiles = kIsWarpgroup ? 1 : kRowTiles;
+  static constexpr int kLeastTeam =
+      kIsWarpgroup ? kDecodeWarps : decode_least_team(kHeadDim, kPortable);
+  static constexpr int kSliceKeys =
+      (kIsWarpgroup ? kDecodeWarps : 1) * decode_slice_keys(sizeof(Cache));
   static constexpr int kRowBytes = kHeadDim * static_cast<int>(sizeof(Cache));
-  static constexpr int kSliceBytes = kKeys * kRowBytes;
+  static constexpr int kSliceBytes = kSliceKeys * kRowBytes;
   static constexpr int kStages = decode_stages(kHeadDim, kPortable);
-  static constexpr int kLeastTeam = decode_least_team(kHeadDim, kPortable);
-  static constexpr int kWarpRows = 8 * kRowTiles;
+  static constexpr int kWarpRows = 8 * kTiles;
+  static constexpr int kPackedBytes = kIsWarpgroup ? 2 * kDecodeWarps * kWarpRows * kRowBytes : 16;
 
   // The warps' states, when they meet at the end of an item: all at one m and one centre a row.
   // Rows are padded so that what a warp writes at a time lies in different banks.
@@ -125,6 +133,8 @@ struct DecodeShared {
     std::uint8_t ring[kDecodeWarps / kLeastTeam][kStages][2 * kSliceBytes];  // K rows, V rows
     Meeting meeting;
   };
+  // A warpgroup's q and r, for each warp 8 rows of q and 8 of r, in panels as K and V.
+  alignas(kIsWarpgroup ? 1024 : 16) std::uint8_t rows[kPackedBytes];
   DecodeWalk walk;
   DecodeItem item;
   Range seen[kDecodeWarps][kWarpRows];  // by a warp's rows

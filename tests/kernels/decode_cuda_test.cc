@@ -98,7 +98,8 @@ std::vector<Case> long_cases(DType dtype, Data data) {
   const Shape shapes[] = {
       {1, 1, 5000, 1, 1, 128, 0},  {1, 1, 40000, 8, 8, 64, 0}, {3, 1, 5000, 8, 2, 128, 0},
       {3, 4, 3000, 8, 1, 128, 0},  {2, 2, 3000, 5, 5, 64, 0},  {3, 9, 2000, 8, 1, 256, 700},
-      {1, 1, 3000, 16, 1, 256, 0}, {2, 1, 9000, 2, 1, 256, 0}, {40, 1, 700, 6, 3, 128, 0}};
+      {1, 1, 3000, 16, 1, 256, 0}, {2, 1, 9000, 2, 1, 256, 0}, {40, 1, 700, 6, 3, 128, 0},
+      {1, 3, 5000, 11, 1, 128, 0}, {1, 5, 4000, 13, 1, 64, 0}};
   std::vector<Case> cases;
   for (const Shape& shape : shapes) {
     Case c;
@@ -157,7 +158,7 @@ TEST_P(DecodeCuda, PagesEqualAContiguousCache) {
   std::vector<Case> cases = {ragged_case(DType::kBFloat16, 3, 6, 2, 128, 0, Data::kShifted),
                              ragged_case(DType::kFloat16, 1, 2, 1, 64, 100, Data::kShifted),
                              ragged_case(DType::kBFloat16, 2, 2, 1, 256, 0, Data::kShifted)};
-  cases.push_back(long_cases(DType::kBFloat16, Data::kShifted)[2]);
+  for (std::size_t i : {2, 3}) cases.push_back(long_cases(DType::kBFloat16, Data::kShifted)[i]);
   for (const Case& c : cases) {
     const Results whole = decode(c);
     for (int page_size : {1, 2, 8, 16, 64, 256}) {
