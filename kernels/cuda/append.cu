@@ -9,8 +9,9 @@
 // order, writes the same bits. What does not depend on positions is read before what does. A few
 // tokens are bound by latency: blocks of theirs are small, so that they find room beside other
 // kernels, as many as give each lane a thread, and while the stream's last kernel ends they ask for
-// what they will need of memory, or, where that is settled, read it. Many are bound by memory: as
-// many blocks as an SM holds.
+// what they will need of memory, or, where that is settled, read it. Some more, up to a few an SM,
+// take one large block each, which waits once. Many are bound by memory: as many blocks as an SM
+// holds.
 #include <cuda_fp8.h>
 
 #include <algorithm>
@@ -26,7 +27,7 @@
 namespace parallax {
 namespace {
 
-constexpr int kFewTokensThreads = 128, kManyTokensThreads = 256;
+constexpr int kFewTokensThreads = 128, kSomeTokensThreads = 1024, kManyTokensThreads = 256;
 constexpr int kLaneElements = 8;
 
 // One of k, v, q and r: where its rows come from and go to, and what happens to them on the way.
@@ -246,7 +247,7 @@ __device__ void prefetch_tables(const AppendParams& params) {
 }
 
 template <class T, int kThreads>
-__global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 : 8)
+__global__ void __launch_bounds__(kThreads, kThreads == kManyTokensThreads ? 5 : 1024 / kThreads)
     append_kernel(const __grid_constant__ AppendParams params) {
   start_next_kernel();
   if (kThreads == kFewTokensThreads && threadIdx.x < 8) prefetch_tables(params);
@@ -381,8 +382,9 @@ Status append(const AttentionProblem& problem, const AppendArgs& args, bool sett
   params.settled = settled;
   const DeviceScope scope(device.index);
   if (!scope.status().ok()) return scope.status();
-  const auto run =
-      tokens <= 2 * device.num_sms ? launch<kFewTokensThreads> : launch<kManyTokensThreads>;
+  const auto run = 3 * tokens <= device.num_sms   ? launch<kFewTokensThreads>
+                   : tokens <= 3 * device.num_sms ? launch<kSomeTokensThreads>
+                                                  : launch<kManyTokensThreads>;
   return run(shape.dtype, params, static_cast<int>(tokens), device,
              static_cast<cudaStream_t>(stream));
 }
