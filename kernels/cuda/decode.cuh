@@ -63,14 +63,7 @@ struct DecodeCta {
     item.first_key = (blocks.first + place.block) * kBlockKeys;
     item.num_blocks = min(walk.left, blocks.count - place.block);
     item.is_whole = item.num_blocks == blocks.count;
-    if (!item.is_whole) {
-      const DecodeCut& cut = place.cut;
-      const int begin = walk.at - place.block;
-      const int first_span = cut.span_of(begin);
-      item.slot = 2 * span + (walk.at > cut.begin(span));
-      item.first_slot = 2 * first_span + (begin > cut.begin(first_span));
-      item.num_parts = cut.span_of(begin + blocks.count - 1) - first_span + 1;
-    }
+    item.line = {walk.at - place.block, walk.at - place.block + blocks.count};
 
     walk.at += item.num_blocks;
     walk.left -= item.num_blocks;
@@ -79,6 +72,18 @@ struct DecodeCta {
     place.unit = 0;
     ++place.sequence;
     walk.mask = decode_mask(params.problem, params.sequences, place.sequence);
+  }
+
+  // One thread, where the item is split: which parts there are. It divides a lot: not before the
+  // first keys have been asked for.
+  __device__ __forceinline__ void find_parts() const {
+    DecodeItem& item = shared.item;
+    const DecodeCut& cut = shared.walk.place.cut;
+    const Range line = item.line;
+    const int first_span = cut.span_of(line.begin);
+    item.slot = 2 * span + (line.begin > cut.begin(span));
+    item.first_slot = 2 * first_span + (line.begin > cut.begin(first_span));
+    item.num_parts = cut.span_of(line.end - 1) - first_span + 1;
   }
 
   __device__ __forceinline__ void run() const {
@@ -93,7 +98,9 @@ struct DecodeCta {
       __syncthreads();
       const DecodeItem& item = shared.item;
       if (item.num_blocks == 0) return;
-      keys.stream(item);
+      keys.stream(item, [&] {
+        if (threadIdx.x == 0 && !item.is_whole) find_parts();
+      });
       keys.publish(item);
       DecodeResults<T, Cache, kHeadDim, kRowTiles, kPortable>{params, shared, place_in_unit, warp,
                                                               lane}

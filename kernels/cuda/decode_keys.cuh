@@ -216,13 +216,27 @@ struct DecodeKeys {
       const T* r = row_in(params.r);
       load_row(q, exists, tile, 0);
       load_row(r, exists, tile, 1);
-      row[tile] = DecodeRow{};
       if (lane % 4 == 0) {
         shared.seen[warp][8 * tile + lane / 4] = exists ? item.mask.keys(place.token) : Range{0, 0};
       }
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 2; ++i) o[tile][i] = 0.0f;
     }
+  }
+
+  // No keys yet. q and r come later (load_rows): that the last item's are not needed until then is
+  // said here, or they would take registers all the way from there.
+  __device__ __forceinline__ void clear_rows() {
+#pragma unroll
+    for (int tile = 0; tile < kTiles; ++tile) {
+      row[tile] = DecodeRow{};
+#pragma unroll
+      for (float& x : o[tile]) x = 0.0f;
+#pragma unroll
+      for (auto& words : a[tile]) {
+#pragma unroll
+        for (std::uint32_t& word : words) asm volatile("" : "=r"(word));
+      }
+    }
+    if constexpr (kIsFp8) asm volatile("" : "=f"(k_scale));
   }
 
   // -- one step: 16 keys of a warp, or a warpgroup's whole slice
@@ -417,23 +431,32 @@ struct DecodeKeys {
 
   // -- the keys of an item
 
-  __device__ __forceinline__ void stream(const DecodeItem& item) {
+  // Calls `meanwhile` when the first keys have been asked for.
+  template <class Meanwhile>
+  __device__ __forceinline__ void stream(const DecodeItem& item, const Meanwhile& meanwhile) {
     const int step = kIsWarpgroup ? kStepKeys : params.ways * kKeys;
     const int count = kIsWarpgroup ? item.num_blocks : item.num_blocks * params.team;
     const int first_key = item.first_key + way * kKeys;  // that is computed, and copied
     const int key = kIsWarpgroup ? item.first_key + warp * kKeys : first_key;
     next_page = page_of(item, key);
-    load_rows(item);
     // The newest keys may still be on their way to the cache.
     const int first_loaded = key + (kStages - 2) * step + kKeys;
     if (params.settled && first_loaded > item.keys.end - static_cast<int>(params.problem.q_len)) {
       wait_for_last_kernel();
     }
+    clear_rows();
+    // q and r are asked for before the keys, in whose queue they would wait; behind the first keys
+    // where those are asked for early, or are all. The compiler is not to know which: it would make
+    // a loop for each.
+    int rows_at = params.settled || count == 1 ? 0 : 1 - kStages;
+    asm volatile("" : "+r"(rows_at));
     int to = 0;
     int from = 0;
     // kStages - 1 steps only load: one copy of the code, which starts out cold.
 #pragma unroll 1
     for (int n = 1 - kStages; n < count; ++n) {
+      if (n == 0) meanwhile();
+      if (n == rows_at) load_rows(item);
       if (n >= 0) {
         mma::wait_copy_groups<kStages - 2>();
         if constexpr (kIsWarpgroup) ptx::fence_async_proxy();

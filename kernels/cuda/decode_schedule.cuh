@@ -54,10 +54,12 @@ static __device__ __forceinline__ DecodeSpan find_span(const AttentionProblem& p
     is_cut = true;
   }
   end = count;
+  if (batch > 1) {
 #pragma unroll
-  for (int step = 1; step < 32; step *= 2) {
-    const int left = __shfl_up_sync(kAll, end, step);
-    if (lane >= step) end += left;
+    for (int step = 1; step < 32; step *= 2) {
+      const int left = __shfl_up_sync(kAll, end, step);
+      if (lane >= step) end += left;
+    }
   }
   const int winner = __ffs(__ballot_sync(kAll, before + end > begin)) - 1;
   count = __shfl_sync(kAll, count, winner);

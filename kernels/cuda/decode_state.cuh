@@ -77,6 +77,7 @@ struct DecodeItem {
   Range interior;  // seen by every row
   int first_key;   // of the part
   int num_blocks;
+  Range line;     // all of the item in the line of blocks
   bool is_whole;  // else the part goes to `slot`; of all parts the first lies in `first_slot`,
   int slot;       // and the others, each the first item of its span, in every second from there
   int first_slot;

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "parallax/mask.h"
+#include "parallax/step.h"
 
 namespace parallax::tests {
 namespace {
@@ -16,6 +17,11 @@ std::size_t rows_of(const AttentionProblem& problem) {
 
 std::size_t elements_of(const AttentionProblem& problem) {
   return rows_of(problem) * static_cast<std::size_t>(problem.head_dim);
+}
+
+std::size_t newest_bytes(const AttentionProblem& problem) {
+  return static_cast<std::size_t>(problem.batch * problem.q_len * problem.num_kv_heads *
+                                  problem.head_dim * 2);
 }
 
 std::vector<float> floats(const DeviceMemory& memory) {
@@ -82,7 +88,10 @@ CudaDecode::CudaDecode(const Case& c, const CudaDecodeHow& how)
       d1_(m_.size()),
       d2_(m_.size()),
       o1_(elements_of(c.problem) * sizeof(float)),
-      o2_(o1_.size()) {
+      o2_(o1_.size()),
+      newest_k_(newest_bytes(c.problem)),
+      newest_v_(newest_k_.size()),
+      positions_(static_cast<std::size_t>(c.problem.batch) * sizeof(std::int32_t)) {
   k_scale_.upload(c.k_scale.data(), k_scale_.size());
   v_scale_.upload(c.v_scale.data(), v_scale_.size());
   if (!pages_) return;
@@ -123,6 +132,54 @@ Status CudaDecode::schedule(cudaStream_t stream) {
 
 Status CudaDecode::run(cudaStream_t stream) {
   return parallax::run(plan_, args(), workspace_.data(), static_cast<Stream>(stream));
+}
+
+Status CudaDecode::run_settled(cudaStream_t stream) {
+  return parallax::run_settled(plan_, args(), workspace_.data(), static_cast<Stream>(stream));
+}
+
+void CudaDecode::withhold_newest() {
+  const AttentionProblem& problem = case_.problem;
+  const auto row = static_cast<std::size_t>(problem.head_dim) * 2;
+  const auto heads = static_cast<std::size_t>(problem.num_kv_heads);
+  std::vector<std::int32_t> positions;
+  for (std::int64_t b = 0; b < problem.batch; ++b) {
+    positions.push_back(static_cast<std::int32_t>(kv_len_of(case_, b) - problem.q_len));
+    for (const auto& [cache, newest] : {std::pair{&k_, &newest_k_}, {&v_, &newest_v_}}) {
+      const View view = cache->output();
+      for (std::int64_t i = 0; i < problem.q_len; ++i) {
+        char* from = static_cast<char*>(view.data) +
+                     2 * (b * view.batch_stride + (positions.back() + i) * view.len_stride);
+        char* to = static_cast<char*>(newest->data()) +
+                   static_cast<std::size_t>(b * problem.q_len + i) * heads * row;
+        const auto pitch = static_cast<std::size_t>(2 * view.head_stride);
+        ASSERT_EQ(cudaMemcpy2D(to, row, from, pitch, row, heads, cudaMemcpyDeviceToDevice),
+                  cudaSuccess);
+        ASSERT_EQ(cudaMemset2D(from, pitch, 0xff, row, heads), cudaSuccess);
+      }
+    }
+  }
+  positions_.upload(positions.data(), positions_.size());
+  ASSERT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+}
+
+Status CudaDecode::append(cudaStream_t stream) {
+  const AttentionProblem& problem = case_.problem;
+  AppendArgs args;
+  const auto newest = [&](DeviceMemory& memory) {
+    ConstView view;
+    view.data = memory.data();
+    view.head_stride = problem.head_dim;
+    view.len_stride = problem.num_kv_heads * view.head_stride;
+    view.batch_stride = problem.q_len * view.len_stride;
+    return view;
+  };
+  args.k = newest(newest_k_);
+  args.v = newest(newest_v_);
+  args.k_cache = k_.output();
+  args.v_cache = v_.output();
+  args.positions = static_cast<const std::int32_t*>(positions_.data());
+  return append_kv(problem, args, cuda_device(), static_cast<Stream>(stream));
 }
 
 void CudaDecode::set_lengths(const Lengths& lengths) {

@@ -25,6 +25,11 @@ class CudaDecode {
 
   Status schedule(cudaStream_t stream);
   Status run(cudaStream_t stream);
+  Status run_settled(cudaStream_t stream);  // parallax/step.h
+  // Of a contiguous 16-bit cache: the newest q_len keys and values of each sequence become poison
+  // there, until append() enqueues writing them again.
+  void withhold_newest();
+  Status append(cudaStream_t stream);
   void set_lengths(const Lengths& lengths);  // of the same batch
   void poison_outputs();
   Results results() const;  // o, lse, t_bar
@@ -41,6 +46,7 @@ class CudaDecode {
   DeviceLengths lengths_;
   DeviceMemory lse_, t_bar_, table_, k_scale_, v_scale_, workspace_, schedule_;
   DeviceMemory m_, d1_, d2_, o1_, o2_;
+  DeviceMemory newest_k_, newest_v_, positions_;
 };
 
 // One call on the default stream.

@@ -187,6 +187,25 @@ TEST_P(DecodeCuda, AScheduleServesEveryLayer) {
   }
 }
 
+// Keys older than the step's own are read while append_kv() is under way, its own when it has
+// ended.
+TEST_P(DecodeCuda, ASettledRunReadsTheNewestKeysLast) {
+  for (const Case& c : long_cases(DType::kBFloat16, Data::kShifted)) {
+    const Results exact = decode(c);
+    CudaDecodeHow how = DecodeCuda::how();
+    how.own_schedule = false;
+    CudaDecode call(c, how);
+    ASSERT_TRUE(call.schedule(nullptr).ok());
+    for (int step = 0; step < 5; ++step) {
+      call.poison_outputs();
+      call.withhold_newest();
+      ASSERT_TRUE(call.append(nullptr).ok());
+      ASSERT_TRUE(call.run_settled(nullptr).ok());
+      expect_same(exact, call.results(), c.name);
+    }
+  }
+}
+
 TEST_P(DecodeCuda, ManySequencesOfFewTokens) {
   Case c;
   c.problem = problem_of(DType::kBFloat16, 2500, 1, 40, 2, 1, 64);
