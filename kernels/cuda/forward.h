@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: MIT
-// The Hopper forward between its host half (forward.cc) and its device half (forward.cuh).
+// The Hopper forward between its host half (forward_plan.cc) and its device half (forward.cuh).
 #pragma once
 
 #include <cuda.h>

@@ -77,10 +77,6 @@ __device__ __forceinline__ void copy_bytes(void* destination, const void* source
                              source, bytes, barrier);
 }
 
-__device__ __forceinline__ void prefetch_map(const CUtensorMap* map) {
-  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Orders this thread's ordinary shared-memory accesses before later ones of TMA and wgmma.
 __device__ __forceinline__ void fence_async_proxy() {
   ::cuda::ptx::fence_proxy_async(::cuda::ptx::space_shared);
@@ -124,14 +120,6 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
-// True in one lane of a converged warp.
-__device__ __forceinline__ bool elect_one() {
-  std::uint32_t elected;
-  asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}"
-               : "=r"(elected));
-  return elected != 0;
-}
-
 // threadIdx.x, read anew at every call: a register less to keep alive across a main loop.
 __device__ __forceinline__ int thread_index() {
   int index;
@@ -158,21 +146,6 @@ __device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&fragmen
                : "=r"(fragment[0]), "=r"(fragment[1]), "=r"(fragment[2]), "=r"(fragment[3])
                : "r"(address)
                : "memory");
-}
-
-__device__ __forceinline__ void store_matrices(std::uint32_t address,
-                                               const std::uint32_t (&fragment)[4]) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-               "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void store_matrices_transposed(std::uint32_t address,
-                                                          const std::uint32_t (&fragment)[4]) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
-      "r"(fragment[0]), "r"(fragment[1]), "r"(fragment[2]), "r"(fragment[3])
-      : "memory");
 }
 
 // Reads of shared memory that stay where they stand and are not repeated; of two neighbouring
