@@ -27,6 +27,25 @@ def test_kernels_know_no_torch_and_no_python():
     assert offenders("kernels", lambda i: i.startswith(bad)) == []
 
 
+def functions_of_a_stream(paths, end):
+    """{"name(type, type)"} of functions that take a Stream; parameters may have names or not."""
+    found = set()
+    for path in paths:
+        text = re.sub(r"//.*", "", path.read_text())
+        for name, parameters in re.findall(rf"^Status (\w+)\(([^()]*)\)\s*{end}", text, re.M):
+            types = [re.sub(r" \w+$", "", " ".join(p.split())) for p in parameters.split(",")]
+            if "Stream" in types:
+                found.add(f"{name}({', '.join(types)})")
+    return found
+
+
+def test_a_build_without_cuda_has_every_function_of_a_stream():
+    declared = functions_of_a_stream((ROOT / "kernels/include/parallax").glob("*.h"), ";")
+    stood_for = functions_of_a_stream((ROOT / "kernels/no_cuda").glob("*.cc"), r"\{")
+    assert "few_rows(const FewRowsProblem&, const FewRowsArgs&, const Device&, Stream)" in declared
+    assert declared - stood_for == set()
+
+
 def test_kernels_do_not_throw_print_or_exit():
     pattern = re.compile(r"\bthrow\b|\bprintf\(|\bstd::cout\b|\bstd::cerr\b|\bexit\(|\babort\(")
     found = []
