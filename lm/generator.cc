@@ -192,7 +192,11 @@ class Batch {
       times_.prefill_seconds += seconds_since(start);
       if (growing_.empty()) continue;
       start = Clock::now();
-      is_greedy_&& step_.greedy() ? write_on() : step();
+      if (is_greedy_ && step_.greedy()) {
+        write_on();
+      } else {
+        step();
+      }
       times_.decode_seconds += seconds_since(start);
     }
     return times_;
