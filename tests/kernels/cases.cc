@@ -105,6 +105,16 @@ Case widened(Case c) {
   return c;
 }
 
+void set_probe_constant(Case* c, double t) {
+  const auto set_first = [&](Values* values, double value) {
+    const auto head_dim = static_cast<std::size_t>(c->problem.head_dim);
+    for (std::size_t i = 0; i < values->size(); i += head_dim) (*values)[i] = value;
+  };
+  set_first(&c->inputs.q, 0);
+  set_first(&c->inputs.r, 2);
+  set_first(&c->inputs.k, t / 2);
+}
+
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
                  const std::vector<std::int32_t>& kv_lens, Data data, unsigned seed) {
   Case packed;

@@ -59,6 +59,10 @@ void quantise_cache(Case* c, double coverage = 1.0);
 // scales, rounded.
 Case widened(Case c);
 
+// Makes the first element of every head 0 in q, 2 in r and t / 2 in k. Beside t = 0 that moves all
+// probes by t and no logit.
+void set_probe_constant(Case* c, double t);
+
 // A packed case of these lengths.
 Case packed_case(AttentionProblem problem, const std::vector<std::int32_t>& q_lens,
                  const std::vector<std::int32_t>& kv_lens, Data data, unsigned seed);

@@ -326,16 +326,9 @@ TEST_P(ForwardCuda, ConstantValuesComeBack) {
 TEST_P(ForwardCuda, AConstantOnTheProbesOfARowChangesNothing) {
   for (std::int64_t head_dim : {64, 128, 256}) {
     Case c = case_of(problem_of(DType::kBFloat16, 1, 150, 333, 4, 2, head_dim));
-    const auto set_first = [&](Values* values, double value) {
-      for (std::size_t i = 0; i < values->size(); i += static_cast<std::size_t>(head_dim)) {
-        (*values)[i] = value;
-      }
-    };
-    set_first(&c.inputs.q, 0);
-    set_first(&c.inputs.r, 2);
-    set_first(&c.inputs.k, 0);
+    set_probe_constant(&c, 0);
     const Results before = forward(c);
-    set_first(&c.inputs.k, 50);
+    set_probe_constant(&c, 100);
     const Results after = forward(c);
     EXPECT_LE(relative_error(after.o, before.o), kLargestError) << head_dim;
     for (std::size_t i = 0; i < before.t_bar.size(); ++i) {
