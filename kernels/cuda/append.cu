@@ -360,10 +360,6 @@ Status launch(DType dtype, AppendParams params, int tokens, const Device& device
                     "append_kv: launch");
 }
 
-}  // namespace
-
-namespace {
-
 Status append(const AttentionProblem& problem, const AppendArgs& args, bool settled,
               const Device& device, Stream stream) {
   const AttentionProblem shape = cpu::append_problem(problem, args);

@@ -122,9 +122,9 @@ Status launch_widen(const AttentionProblem& problem, const ForwardArgs& args, vo
   // As many blocks as the GPU holds, at least one a sequence.
   const std::int64_t blocks = std::int64_t{device.num_sms} * kBlocksPerSm;
   const std::int64_t wanted = (problem.kv_len + kWarps - 1) / kWarps;
-  const dim3 grid(static_cast<unsigned>(std::clamp<std::int64_t>(
-                      blocks / problem.batch, 1, std::max<std::int64_t>(wanted, 1))),
-                  static_cast<unsigned>(std::min<std::int64_t>(problem.batch, 65535)));
+  const dim3 grid(
+      static_cast<unsigned>(std::clamp<std::int64_t>(blocks / problem.batch, 1, wanted)),
+      static_cast<unsigned>(std::min<std::int64_t>(problem.batch, 65535)));
   const auto kernel = problem.dtype == DType::kFloat16 ? widen_kernel<fp16> : widen_kernel<bf16>;
   kernel<<<grid, kThreads, 0, stream>>>(params);
   return check_cuda(cudaGetLastError(), "forward: launch of widen");
